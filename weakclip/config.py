@@ -1,0 +1,318 @@
+"""Every knob of the project as a typed dataclass: one YAML file a recipe, `key.sub=value` overrides, nothing ignored.
+
+A field's docstring says what it means and in which unit. Defaults are the published recipe for PASCAL VOC. A key that does
+not exist, or a value of another type, is a ConfigError that names the key and the nearest one that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of another type or out of range; the message names the key and the cure."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass
+class DataConfig:
+    train: str = "data/voc/trainaug"
+    """Shard set (a directory with index.json) to train on."""
+    val: str | None = None
+    """Shard set with ground-truth masks for validation; null: no validation, and the last weights are the best."""
+    scale: list[int] = field(default_factory=lambda: [2048, 512])
+    """Largest long and short side, pixels, of an image at scale 1: it is resized, keeping its shape, until one is reached."""
+    workers: int = 4
+    """Loader processes a rank; 0 loads in the training process."""
+    max_bad_samples: int = 20
+    """Unreadable samples (all ranks together) that are skipped and named; one more stops the job."""
+    shuffle_window: int = 8
+    """Shards that are shuffled together; reading touches this many shards at a time."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.scale) == 2 and min(self.scale) >= 1, "data.scale must be [long, short], in pixels")
+        _require(self.workers >= 0, "data.workers must be 0 or more")
+        _require(self.max_bad_samples >= 0, "data.max_bad_samples must be 0 or more")
+        _require(self.shuffle_window >= 1, "data.shuffle_window must be 1 or more")
+
+
+@dataclass
+class SeedConfig:
+    """How a CAM becomes a seed mask where a sample carries no seed of its own."""
+
+    background: float = 0.45
+    """CAM value (0..1) below which a pixel is background."""
+    foreground: float = 0.45
+    """CAM value (0..1) from which a pixel takes the strongest class; between the two thresholds it is ignored (255)."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.background <= 1, "seeds.background must lie in 0..1")
+        _require(self.background <= self.foreground <= 1, "seeds.foreground must lie in seeds.background..1")
+
+
+@dataclass
+class AugmentConfig:
+    crop: int = 512
+    """Side of the square training crop, pixels; a multiple of the patch size."""
+    ratio: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    """Smallest and largest random factor on `data.scale`."""
+    max_class_share: float = 0.75
+    """A crop in which one class covers more than this share of the seeded pixels is drawn again, up to ten times."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    photometric: bool = True
+    """Random brightness (+-32), contrast and saturation (0.5..1.5) and hue (+-18 of 180)."""
+
+    def __post_init__(self) -> None:
+        _require(self.crop >= 1, "augment.crop must be positive")
+        _require(len(self.ratio) == 2 and 0 < self.ratio[0] <= self.ratio[1], "augment.ratio must be [smallest, largest] > 0")
+
+
+@dataclass
+class ClipConfig:
+    model: str | None = "ViT-B-16-quickgelu"
+    """open_clip's name of the architecture (a ViT with patch 14 or 16); null where `pretrained` is a directory, which says it."""
+    pretrained: str = "weights/ViT-B-16.pt"
+    """OpenAI's archive, an open_clip checkpoint, a directory with open_clip_config.json and weights, "demo" (ships with the
+    package), or "none": a random start, for tests and timings only."""
+    image_size: int = 512
+    """Side, pixels, whose token grid the position embedding is resized to once, when the model is built."""
+    name_tokens: int = 5
+    """Length a tokenised class name is padded to, start and end token included."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last frozen block during training (linear from 0 in the first)."""
+
+    def __post_init__(self) -> None:
+        _require(self.name_tokens >= 3, "clip.name_tokens must be 3 or more: start, name, end")
+        _require(0 <= self.drop_path < 1, "clip.drop_path must lie in 0..1")
+
+
+@dataclass
+class PromptConfig:
+    length: int = 8
+    """N, learnable embeddings between the start token and the class name."""
+
+    def __post_init__(self) -> None:
+        _require(self.length >= 1, "prompts.length must be 1 or more")
+
+
+@dataclass
+class MatchingConfig:
+    width: int = 256
+    layers: int = 3
+    heads: int = 4
+    dropout: float = 0.1
+    temperature: float = 0.1
+    """Initial value of alpha and beta (the paper's temperatures)."""
+    chained: bool = False
+    """Feed each layer the one before. False is the published behaviour: every layer reads the branch's input, only the last
+    one's output is used, and the others never get a gradient."""
+
+    def __post_init__(self) -> None:
+        _require(self.width % self.heads == 0, "matching.width must be a multiple of matching.heads")
+        _require(self.layers >= 1, "matching.layers must be 1 or more")
+
+
+@dataclass
+class DecoderConfig:
+    channels: int = 256
+    """Channels of the FPN and of the head."""
+    dropout: float = 0.1
+
+
+@dataclass
+class LossConfig:
+    grid: int = 64
+    """Side of the square grid on which the seeding and the boundary loss are computed."""
+    balance: bool = True
+    """Average foreground and background apart, image by image, as the published code does; false: the paper's plain mean."""
+    boundary: bool = True
+    """Use the boundary loss."""
+    auxiliary: float = 0.4
+    """Weight of the cross-entropy of the score map; 0 turns it off."""
+    tau: float = 0.07
+    """Temperature that divides the score map in the auxiliary loss."""
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4
+    weight_decay: float = 3e-5
+    warmup: int = 1500
+    """Steps of linear warm-up, from 1e-6 of the learning rate."""
+    min_lr: float = 1e-6
+    """Where the cosine ends."""
+    clip_grad: float = 0.0
+    """Largest norm of the gradient; 0: no clipping, as published."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr must be positive")
+        _require(0 <= self.min_lr <= self.lr, "optim.min_lr must lie in 0..optim.lr")
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 20000
+    """Optimiser steps."""
+    batch: int = 8
+    """Images a rank and micro-step; the global batch is batch x accumulate x ranks."""
+    accumulate: int = 1
+    """Micro-steps a step."""
+    deepspeed: str = "configs/deepspeed/zero1.json"
+    """DeepSpeed's own settings (ZeRO stage and buffers)."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    validate_every: int = 500
+    """Steps between two validations."""
+    validate_images: int | None = None
+    """Validate on the first so many images; null: all."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept, newest first."""
+    pictures: int = 4
+    """Images of the newest batch that TensorBoard shows at each validation."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be 1 or more")
+
+
+@dataclass
+class CrfConfig:
+    """Dense CRF: unary from probabilities, a Gaussian (smoothness) and a bilateral (appearance) kernel."""
+
+    iterations: int = 10
+    gaussian_sxy: float = 3
+    gaussian_compat: float = 3
+    bilateral_sxy: float = 83
+    bilateral_srgb: float = 5
+    bilateral_compat: float = 3
+
+
+@dataclass
+class PseudoConfig:
+    """Pseudo masks, and the same inference for scores."""
+
+    scales: list[float] = field(default_factory=lambda: [0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
+    flip: bool = True
+    """Average each scale with its mirror image."""
+    window: int = 512
+    """Side of the sliding window, pixels."""
+    stride: int = 341
+    window_batch: int = 4
+    """Windows a forward pass."""
+    crf: CrfConfig | None = field(default_factory=CrfConfig)
+    """Dense CRF at full resolution; null: none."""
+    restrict_to_labels: bool = False
+    """Zero the probability of classes that the image's labels exclude (training images only)."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.scales) and min(self.scales) > 0, "pseudo.scales must be positive numbers")
+        _require(0 < self.stride <= self.window, "pseudo.stride must lie in 1..pseudo.window")
+        _require(self.window_batch >= 1, "pseudo.window_batch must be 1 or more")
+
+
+@dataclass
+class DemoConfig:
+    """The synthetic world; only `python -m weakclip.demo` reads it."""
+
+    seed: int = 0
+    """Which world: another seed, other pictures."""
+    size: int = 400
+    """Training pictures; a quarter as many unseen ones."""
+    seeds: str = "cam"
+    """cam: train on class activation maps; exact: on the exact masks (the ceiling of model and budget)."""
+    cam_steps: int = 400
+    """Training steps of the small network whose activations are the CAMs."""
+
+    def __post_init__(self) -> None:
+        _require(self.size >= 8, "demo.size must be 8 or more")
+        _require(self.seeds in ("cam", "exact"), "demo.seeds must be cam or exact")
+
+
+@dataclass
+class Config:
+    run: str = "runs/voc"
+    """Run directory: everything that survives a job is in it."""
+    seed: int = 0
+    """Seeds the initialisation, the order of the samples and their augmentation."""
+    precision: str = "auto"
+    """fp32, bf16 (autocast; weights and optimiser stay fp32), or auto: bf16 on GPUs, fp32 on CPU."""
+    classes: str = "voc"
+    """voc, coco, demo, or a text file with one class name a line, background first."""
+    data: DataConfig = field(default_factory=DataConfig)
+    seeds: SeedConfig = field(default_factory=SeedConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    pseudo: PseudoConfig = field(default_factory=PseudoConfig)
+    demo: DemoConfig = field(default_factory=DemoConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.precision in ("auto", "fp32", "bf16"), "precision must be auto, fp32 or bf16")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in the YAML file `path`, changed by `overrides` such as "train.batch=4".
+
+    Raises ConfigError on a missing file, an unknown key (naming the nearest), a wrong type or a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    for text in overrides:
+        _require("=" in text and not text.startswith("-"), f"{text!r}: an override is written key.sub=value")
+    merged = OmegaConf.structured(Config)
+    merged = _merge(merged, lambda: OmegaConf.load(path), str(path))
+    for text in overrides:
+        merged = _merge(merged, lambda text=text: OmegaConf.from_dotlist([text]), text)  # type: ignore[misc]
+    try:
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except (OmegaConfBaseException, ConfigError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _merge(base: Any, read: Any, source: str) -> Any:
+    try:
+        return OmegaConf.merge(base, read())
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        nearest = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{source}: unknown key {key!r}; the nearest is {nearest!r}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # PyYAML's errors share no base with OmegaConf's
+        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from error
+
+
+def _keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    hints = get_type_hints(cls)
+    for item in fields(cls):  # type: ignore[arg-type]
+        keys.append(prefix + item.name)
+        for candidate in (hints[item.name], *getattr(hints[item.name], "__args__", ())):
+            if isinstance(candidate, type) and is_dataclass(candidate):
+                keys += _keys(candidate, f"{prefix}{item.name}.")
+    return keys

@@ -1,0 +1,72 @@
+"""Text-guided decoder: pyramid + score map -> FPN -> semantic-FPN head -> logits at the finest level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def resize(x_BCHW: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    return F.interpolate(x_BCHW, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def _conv_norm_relu(channels: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+
+
+class Fpn(nn.Module):
+    """1x1 lateral convs, top-down by nearest upsampling and addition, 3x3 convs; no norm, no activation."""
+
+    def __init__(self, in_channels: int, channels: int, levels: int = 4) -> None:
+        super().__init__()
+        self.laterals = nn.ModuleList(nn.Conv2d(in_channels, channels, kernel_size=1) for _ in range(levels))
+        self.outputs = nn.ModuleList(nn.Conv2d(channels, channels, kernel_size=3, padding=1) for _ in range(levels))
+
+    def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
+        levels = [lateral(x) for lateral, x in zip(self.laterals, pyramid, strict=True)]
+        for fine in range(len(levels) - 2, -1, -1):
+            levels[fine] = levels[fine] + F.interpolate(levels[fine + 1], size=levels[fine].shape[2:], mode="nearest")
+        return [output(x) for output, x in zip(self.outputs, levels, strict=True)]
+
+
+class FpnHead(nn.Module):
+    """Level i: max(1, i) times [conv, norm, ReLU, then x2 upsampling unless i is 0]; summed at the finest level."""
+
+    def __init__(self, channels: int, num_classes: int, dropout: float, levels: int = 4) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(
+            nn.ModuleList(_conv_norm_relu(channels) for _ in range(max(1, level))) for level in range(levels)
+        )
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(channels, num_classes, kernel_size=1)
+
+    def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
+        total = torch.zeros((), device=pyramid[0].device)
+        for level, x_BCHW in enumerate(pyramid):
+            for conv in self.scales[level].children():
+                x_BCHW = conv(x_BCHW)
+                if level:
+                    x_BCHW = F.interpolate(x_BCHW, scale_factor=2, mode="bilinear", align_corners=False)
+            total = total + (resize(x_BCHW, pyramid[0].shape[2:]) if level else x_BCHW)
+        return self.classify(self.dropout(total))
+
+
+class TextGuidedDecoder(nn.Module):
+    """Paper, section 3.4; released code: FPN neck and FPNHead on features with the score map concatenated."""
+
+    def __init__(self, width: int, num_classes: int, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.neck = Fpn(width + num_classes, channels)
+        self.head = FpnHead(channels, num_classes, dropout)
+
+    def forward(self, pyramid: Sequence[Tensor], scores_BKhw: Tensor) -> Tensor:
+        """Logits at the finest level's resolution, B x K x 4h x 4w."""
+        guided = [
+            torch.cat([level_BDHW, resize(scores_BKhw, level_BDHW.shape[2:], align_corners=True)], dim=1)
+            for level_BDHW in pyramid
+        ]
+        return self.head(self.neck(guided))

@@ -1,0 +1,221 @@
+"""DeepSpeed around a WeakCLIP: join the ranks, initialise, step, save, resume."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import shutil
+import socket
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# DeepSpeed calls collectives that torch has renamed, with a warning at every step.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns about the accelerators it looked for in vain
+
+import deepspeed
+
+from weakclip.batchnorm import synchronise
+from weakclip.config import Config, ConfigError, OptimConfig
+from weakclip.data.stream import Batch
+from weakclip.data.transforms import to_device
+from weakclip.losses import weakclip_losses
+from weakclip.model import WeakCLIP
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @classmethod
+    def join(cls) -> World:
+        """This process among those that torchrun (or any launcher that sets RANK, WORLD_SIZE, ...) started, or alone."""
+        if "RANK" not in os.environ:
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+            os.environ.update(alone)
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Compiling this kernel would cost a CPU's first run over a minute, and only inference_all_reduce, unused here, calls it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    def gather(self, item: Any) -> list[Any]:
+        """`item` of every rank, on every rank."""
+        items = [None] * self.ranks
+        dist.all_gather_object(items, item)
+        return items
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def learning_rate_factor(step: int, config: OptimConfig, steps: int) -> float:
+    """Factor on `lr` at `step` of `steps`: cosine to `min_lr`, multiplied by a linear warm-up from 1e-6."""
+    low = config.min_lr / config.lr
+    cosine = low + (1 - low) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+    warm = 1 - (1 - step / config.warmup) * (1 - 1e-6) if step < config.warmup else 1
+    return cosine * warm
+
+
+class Engine:
+    """A WeakCLIP in training. `step` counts optimiser steps, `consumed` the samples of all ranks so far."""
+
+    def __init__(self, model: WeakCLIP, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.step = self.consumed = 0
+        model = model.to(world.device)
+        # What validates and is saved: an ordinary module beside the one that ZeRO may have cut up. Both share the frozen CLIP.
+        self.plain = copy.deepcopy(model, {id(model.clip): model.clip}).eval()
+        self._settings = deepspeed_settings(config)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+        self._engine, *_ = deepspeed.initialize(
+            model=synchronise(model, world.device),
+            optimizer=optimizer,
+            lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(
+                wrapped, lambda step: learning_rate_factor(step, config.optim, config.train.steps)
+            ),
+            config=self._settings,
+        )
+
+    @property
+    def global_batch(self) -> int:
+        return self.config.train.batch * self.config.train.accumulate * self.world.ranks
+
+    @property
+    def lr(self) -> float:
+        return self._engine.get_lr()[0]
+
+    def train_step(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """One optimiser step on this rank's micro-batches -> mean losses by name, on the device (no synchronisation)."""
+        # Dropout and stochastic depth depend on the step and the rank alone, so a resumed run draws the same.
+        torch.manual_seed((self.config.seed * 1_000_003 + self.step) * self.world.ranks + self.world.rank)
+        self._engine.train()
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            images_B3HW = to_device(batch.images.to(self.world.device), batch.photometric.to(self.world.device))
+            output = self._engine(images_B3HW)
+            seeds_BHW = batch.seeds.to(self.world.device)
+            losses = weakclip_losses(output.logits_BKhw, output.scores_BKhw, seeds_BHW, images_B3HW, self.config.loss)
+            losses["total"] = torch.stack(list(losses.values())).sum()
+            self._engine.backward(losses["total"])
+            self._note_gradient_norm()
+            self._engine.step()
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0) + loss.detach() / len(batches)
+        self.step += 1
+        self.consumed += self.global_batch
+        return sums
+
+    def _note_gradient_norm(self) -> None:
+        """ZeRO knows the norm after its step; plain data parallelism (stage 0) has whole gradients, before it."""
+        if self._layout()["stage"] == 0 and self._engine.is_gradient_accumulation_boundary():
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            self._whole_norm = torch.nn.utils.get_total_norm(gradients)
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the last step, before clipping."""
+        return float(self._whole_norm if self._layout()["stage"] == 0 else self._engine.get_global_grad_norm())
+
+    def refresh_plain(self) -> WeakCLIP:
+        """`plain` with the present weights. Every rank must call it."""
+        module = self._engine.module
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            self.plain.load_state_dict(module.state_dict())
+        return self.plain
+
+    def save(self, run: Path) -> None:
+        """Write checkpoints/step-N and weights/last.safetensors. Every rank must call it; a reader never sees half of it."""
+        folder = run / "checkpoints"
+        partial = f"step-{self.step}.partial"
+        state = {"step": self.step, "consumed": self.consumed}
+        self._engine.save_checkpoint(str(folder), tag=partial, client_state=state, save_latest=False)
+        self.refresh_plain()
+        if self.world.rank == 0:
+            (folder / partial / "ranks.json").write_text(json.dumps(self._layout()))
+            shutil.rmtree(folder / f"step-{self.step}", ignore_errors=True)
+            os.replace(folder / partial, folder / f"step-{self.step}")
+            for old in checkpoints(run)[: -self.config.train.keep_checkpoints]:
+                shutil.rmtree(old)
+            save_weights(self.plain, run / "weights" / "last.safetensors", self.step)
+        dist.barrier()
+
+    def resume(self, run: Path) -> bool:
+        """Go on from the newest checkpoint of `run`, if there is one.
+
+        Raises ConfigError when it was written by another number of ranks or another ZeRO stage.
+        """
+        found = checkpoints(run)
+        if not found:
+            return False
+        written = json.loads((found[-1] / "ranks.json").read_text())
+        if written != self._layout():
+            raise ConfigError(
+                f"{found[-1]}: written by {written['ranks']} ranks with ZeRO {written['stage']}, but this run has "
+                f"{self.world.ranks} with ZeRO {self._layout()['stage']}; start as many ranks and set train.deepspeed alike"
+            )
+        _, state = self._engine.load_checkpoint(str(found[-1].parent), tag=found[-1].name)
+        self.step, self.consumed = state["step"], state["consumed"]
+        return True
+
+    def _layout(self) -> dict[str, int]:
+        return {"ranks": self.world.ranks, "stage": self._settings["zero_optimization"]["stage"]}
+
+
+def deepspeed_settings(config: Config) -> dict[str, Any]:
+    """DeepSpeed's configuration: the file that `train.deepspeed` names, with what our config decides filled in.
+
+    Raises ConfigError when the file is missing, isn't JSON, or sets what our config sets.
+    """
+    path = Path(config.train.deepspeed)
+    ours = {
+        "train_micro_batch_size_per_gpu": config.train.batch,
+        "gradient_accumulation_steps": config.train.accumulate,
+        "gradient_clipping": config.optim.clip_grad,
+    }
+    try:
+        settings = json.loads(path.read_text())
+        stage = settings["zero_optimization"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"train.deepspeed: {path} is not DeepSpeed JSON with zero_optimization.stage ({error!r})") from error
+    taken = [key for key in (*ours, "train_batch_size", "optimizer", "scheduler", "bf16", "fp16") if key in settings]
+    if taken or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"train.deepspeed: {path} sets {', '.join(taken) or f'stage {stage}'}; set it in the recipe instead")
+    return settings | ours
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def save_weights(model: WeakCLIP, path: Path, step: int) -> None:
+    """The trainable part as safetensors, under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    partial.write_bytes(safetensors.torch.save(state, metadata={"format": "pt", "step": str(step)}))
+    os.replace(partial, path)

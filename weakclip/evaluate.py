@@ -1,0 +1,107 @@
+"""Score masks, seeds or CAMs against the ground truth in a shard set.
+
+python -m weakclip.evaluate --config configs/voc.yaml [--what masks|seeds|cam] [--data DIR] [--shards 0:8] [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from weakclip import cli, labels
+from weakclip.config import Config
+from weakclip.data.shard import DecodedSample
+from weakclip.data.stream import cam_maps, open_index, seed_mask, select_shards, stored_samples
+from weakclip.metrics import Scores, confusion
+from weakclip.seeds import cam_to_seed
+
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+
+
+def score(samples: Iterable[DecodedSample], predict: Callable[[DecodedSample], np.ndarray], names: Sequence[str]) -> Scores:
+    """IoU of `predict(sample)` against each sample's mask. Pixels that a seed ignores (255) count as background."""
+    matrix_KK = np.zeros((len(names), len(names)), np.int64)
+    for sample in tqdm(samples, "scoring", unit="image", disable=None):
+        prediction_HW = predict(sample)
+        matrix_KK += confusion(truth(sample), np.where(prediction_HW == labels.IGNORE, 0, prediction_HW), len(names))
+    return Scores.of(matrix_KK, names)
+
+
+def truth(sample: DecodedSample) -> np.ndarray:
+    if sample.mask is None:
+        raise ValueError(f"{sample.key}: no ground-truth mask in the shard; build the shards with --masks")
+    return sample.mask
+
+
+def best_cam_threshold(samples: Iterable[DecodedSample], names: Sequence[str]) -> tuple[float, Scores]:
+    """The single background threshold at which the CAMs score best, and that score."""
+    K = len(names)
+    matrices = np.zeros((len(THRESHOLDS), K, K), np.int64)
+    for sample in tqdm(samples, "CAM thresholds", unit="image", disable=None):
+        maps_nHW = cam_maps(sample)
+        for matrix_KK, threshold in zip(matrices, THRESHOLDS, strict=True):
+            prediction_HW = cam_to_seed(maps_nHW, sample.cam.classes if sample.cam else (), threshold)
+            matrix_KK += confusion(truth(sample), prediction_HW, K)
+    return max(
+        ((threshold, Scores.of(matrix_KK, names)) for threshold, matrix_KK in zip(THRESHOLDS, matrices, strict=True)),
+        key=lambda pair: pair[1].miou,
+    )
+
+
+def read_mask(folder: Path, key: str) -> np.ndarray:
+    """The predicted mask KEY.png. Raises ValueError naming the file when it is missing or no 8-bit mask."""
+    path = folder / f"{key}.png"
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in ("P", "L"):
+                raise ValueError(f"{path}: a mask is an 8-bit palette or grey PNG, this is {picture.mode}")
+            return np.array(picture)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; write it with python -m weakclip.pseudo") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error}; remove it and run python -m weakclip.pseudo again") from None
+
+
+def run(config: Config, what: str, data: str, shards: str | None, masks: Path) -> Scores:
+    """The stage: scores of "masks", "seeds" or "cam" on `shards` of the shard set `data`."""
+    names = labels.class_names(config.classes)
+    index = open_index(data, names)
+    samples = stored_samples(index, select_shards(index, shards), config.data.workers)
+    if what == "cam":
+        threshold, scores = best_cam_threshold(samples, names)
+        print(f"best threshold {threshold}")
+        return scores
+    if what == "seeds":
+        return score(samples, lambda sample: seed_mask(sample, config.seeds), names)
+    return score(samples, lambda sample: read_mask(masks, sample.key), names)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m weakclip.evaluate", description="Score masks, seeds or CAMs.")
+    parser.add_argument("--what", choices=("masks", "seeds", "cam"), default="masks", help="what is scored (default: masks)")
+    parser.add_argument("--masks", metavar="DIR", help="folder of KEY.png (default: RUN/pseudo)")
+    parser.add_argument("--data", metavar="DIR", help="shard set with ground-truth masks (default: data.train)")
+    parser.add_argument("--shards", metavar="N|A:B", help="only these shards of it")
+    parser.add_argument("--out", metavar="FILE", help="JSON to write (default: RUN/scores-WHAT.json)")
+    config, options = cli.parse_config(parser, arguments)
+    masks = Path(options.masks or Path(config.run) / "pseudo")
+    scores = run(config, options.what, options.data or config.data.train, options.shards, masks)
+    out = Path(options.out or Path(config.run) / f"scores-{options.what}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(json.dumps(scores.as_dict(), indent=1) + "\n")
+    os.replace(partial, out)
+    print(scores.table())
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,116 @@
+"""WeakCLIP: a frozen CLIP and what is trained around it.
+
+`python -m weakclip.model --config FILE [key=value ...]` prints the parameter counts by module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from weakclip import cli, labels
+from weakclip.adapter import PyramidAdapter
+from weakclip.clip import FrozenClip, tokenize
+from weakclip.config import Config
+from weakclip.decoder import TextGuidedDecoder
+from weakclip.matching import CoAttentionMatching
+
+
+class Output(NamedTuple):
+    logits_BKhw: Tensor
+    """At a quarter of the image's side (patch 16)."""
+    scores_BKhw: Tensor
+    """Score map, one value a token and class, in -1..1."""
+
+
+class WeakCLIP(nn.Module):
+    """All registered parameters are the paper's trainable part.
+
+    The frozen CLIP is kept outside the module tree: what walks over the parameters (optimiser, ZeRO's partitioning and
+    broadcasts, state dicts and so checkpoints) never sees it, and so can neither change, shard nor save it.
+    """
+
+    def __init__(self, config: Config, class_names: Sequence[str]) -> None:
+        super().__init__()
+        clip = FrozenClip(config.clip, config.prompts.length)
+        self._frozen = (clip,)
+        self.names_KL = tokenize(class_names, config.clip.name_tokens)
+        self.precision = config.precision
+        K = len(class_names)
+        self.prompts_ND = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.prompts.length, clip.text.width)))
+        self.adapter = PyramidAdapter(clip.vision.width)
+        self.matching = CoAttentionMatching(clip.embedding, config.matching)
+        self.decoder = TextGuidedDecoder(clip.vision.width, K, config.decoder.channels, config.decoder.dropout)
+
+    @property
+    def clip(self) -> FrozenClip:
+        return self._frozen[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeakCLIP:
+        self.clip._apply(fn)  # .to(device) moves the frozen part along
+        self.names_KL = fn(self.names_KL)
+        return super()._apply(fn, recurse)
+
+    def encode_names(self) -> Tensor:
+        """Class embeddings, K x E; the same for every image, so inference computes them once."""
+        with self.autocast(self.names_KL.device):
+            return self.clip.text(self.names_KL, self.prompts_ND)
+
+    def forward(self, images_B3HW: Tensor, text_KE: Tensor | None = None) -> Output:
+        """Normalised images with sides of at least one patch -> logits and score map. In training mode the frozen vision
+        tower's stochastic depth is active, as published."""
+        with self.autocast(images_B3HW.device):
+            features = self.clip.vision(images_B3HW, drop_path=self.training)
+            text_KE = self.encode_names() if text_KE is None else text_KE
+            scores_BKhw = self.matching(text_KE, features.global_BE, features.visual_BEhw)
+            return Output(self.decoder(self.adapter(features.taps), scores_BKhw), scores_BKhw)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type != "cpu")
+        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def parameter_counts(model: WeakCLIP) -> dict[str, int]:
+    """Parameters by part, then "trainable" (all but CLIP's), "without gradient" (the dead layers in it) and "total"."""
+    parts: dict[str, Any] = {
+        "vision tower (frozen)": model.clip.vision,
+        "text tower (frozen)": model.clip.text,
+        "pyramid adapter": model.adapter,
+        "prompts": [model.prompts_ND],
+        "alpha, beta": [model.matching.alpha, model.matching.beta],
+        "co-attention": model.matching,
+        "FPN neck": model.decoder.neck,
+        "semantic-FPN head": model.decoder.head,
+    }
+    counts = {name: sum(p.numel() for p in _parameters(part)) for name, part in parts.items()}
+    counts["co-attention"] -= counts["alpha, beta"]
+    counts["trainable"] = sum(p.numel() for p in model.parameters())
+    counts["without gradient"] = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    counts["total"] = counts["trainable"] + sum(p.numel() for p in model.clip.parameters())
+    return counts
+
+
+def _parameters(part: nn.Module | list[nn.Parameter]) -> list[nn.Parameter]:
+    return list(part.parameters()) if isinstance(part, nn.Module) else part
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m weakclip.model", description="Parameter counts by module.")
+    config = cli.parse_config(parser, arguments)[0]
+    counts = parameter_counts(WeakCLIP(config, labels.class_names(config.classes)))
+    for name, count in counts.items():
+        if name not in ("trainable", "without gradient", "total"):
+            print(f"{name:<24}{count:>13,}")
+    share = 100 * counts["trainable"] / counts["total"]
+    print(f"{counts['trainable']:,} trainable of {counts['total']:,} ({share:.1f} %)")
+    if counts["without gradient"]:
+        print(f"{counts['without gradient']:,} of the trainable ones never get a gradient (matching.chained: false)")
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

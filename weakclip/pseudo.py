@@ -1,0 +1,124 @@
+"""Write pseudo masks: probabilities over scales and mirror images, a dense CRF, one palette PNG an image.
+
+python -m weakclip.pseudo --config configs/voc.yaml [--weights best] [--data DIR] [--shards 0:8] [--out DIR] [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from weakclip import cli, crf, infer, labels
+from weakclip.config import Config, ConfigError
+from weakclip.data.shard import DecodedSample, sha256
+from weakclip.data.stream import open_index, select_shards, stored_samples
+from weakclip.model import WeakCLIP
+
+
+def find_weights(config: Config, choice: str) -> Path:
+    """The file that `choice` means: "best" or "last" of the run ("best" falls back to "last" without validation), or a path.
+
+    Raises ConfigError when it does not exist.
+    """
+    folder = Path(config.run) / "weights"
+    names = {"best": ("best.safetensors", "last.safetensors"), "last": ("last.safetensors",)}.get(choice)
+    candidates = [folder / name for name in names] if names else [Path(choice)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ConfigError(f"--weights {choice}: {candidates[-1]} does not exist; train first, or set run to the run that did")
+
+
+def load_model(config: Config, weights: Path) -> WeakCLIP:
+    """The config's model with trained weights, in evaluation mode, on the GPU if there is one."""
+    model = WeakCLIP(config, labels.class_names(config.classes))
+    try:
+        model.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ConfigError(f"{weights}: not the weights of this config's model: {reason}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def pseudo_mask(model: WeakCLIP, sample: DecodedSample, config: Config, text_KE: torch.Tensor) -> np.ndarray:
+    """uint8 H x W of class indices."""
+    probs_KHW = infer.predict(model, sample.image, config.pseudo, config.data.scale, text_KE).cpu().numpy()
+    if config.pseudo.restrict_to_labels:
+        absent = np.setdiff1d(np.arange(1, len(probs_KHW)), sample.classes)
+        probs_KHW[absent] = 0
+    if config.pseudo.crf is None:
+        return probs_KHW.argmax(0).astype(np.uint8)
+    return crf.refine(probs_KHW, sample.image, config.pseudo.crf)
+
+
+def write_masks(model: WeakCLIP, config: Config, samples: Iterable[DecodedSample], total: int, out: Path) -> None:
+    """KEY.png of every sample into `out`; a mask that is there already is left alone."""
+    text_KE = model.encode_names().detach()
+    for sample in tqdm(samples, "pseudo masks", total, unit="image", disable=None):
+        path = out / f"{sample.key}.png"
+        if not path.exists():
+            save_mask(pseudo_mask(model, sample, config, text_KE), path)
+
+
+def save_mask(mask_HW: np.ndarray, path: Path) -> None:
+    """An 8-bit palette PNG, under a temporary name first."""
+    picture = Image.fromarray(mask_HW)
+    picture.putpalette(labels.palette())
+    partial = path.with_name(path.name + ".partial")
+    picture.save(partial, "PNG")
+    os.replace(partial, path)
+
+
+def claim(out: Path, config: Config, weights: Path) -> None:
+    """Make `out`, or see that what is in it was made by the same weights and options.
+
+    Raises ConfigError when it was not: masks of two models are never mixed.
+    """
+    about = {"weights": sha256(weights), "scale": config.data.scale, **asdict(config.pseudo)}
+    note = out / "about.json"
+    if note.is_file():
+        if json.loads(note.read_text()) != about:
+            raise ConfigError(f"{out} holds masks of other weights or options (see {note}); give another --out or remove it")
+    elif out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} holds files that are no pseudo masks; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(about, indent=1) + "\n")
+
+
+def run(config: Config, data: str, weights: Path, out: Path, shards: str | None = None) -> Path:
+    """The stage: masks of the samples in `shards` of the shard set `data`, into `out`, which is returned."""
+    index = open_index(data, labels.class_names(config.classes))
+    entries = select_shards(index, shards)
+    claim(out, config, weights)
+    missing = [entry for entry in entries if not (out / f"{entry.key}.png").exists()]
+    model = load_model(config, weights)
+    write_masks(model, config, stored_samples(index, missing, config.data.workers), len(missing), out)
+    return out
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m weakclip.pseudo", description="Write pseudo masks.")
+    parser.add_argument("--weights", default="best", metavar="best|last|FILE", help="which weights (default: best)")
+    parser.add_argument("--data", metavar="DIR", help="shard set (default: data.train)")
+    parser.add_argument("--shards", metavar="N|A:B", help="only these shards of it")
+    parser.add_argument("--out", metavar="DIR", help="where the masks go (default: RUN/pseudo)")
+    config, options = cli.parse_config(parser, arguments)
+    weights = find_weights(config, options.weights)
+    out = Path(options.out or Path(config.run) / "pseudo")
+    print(f"masks: {run(config, options.data or config.data.train, weights, out, options.shards)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,31 @@
+"""Class activation maps -> seed masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from weakclip.labels import IGNORE
+
+
+def cam_to_seed(maps_nHW: np.ndarray, classes: Sequence[int], background: float, foreground: float | None = None) -> np.ndarray:
+    """Seed mask, uint8 H x W, from one activation map (0..1) a present class.
+
+    A pixel takes the class of the strongest map where that reaches `foreground` (default: `background`), is background (0)
+    where no map reaches `background`, and is ignored (255) in between. Without classes all is background.
+    """
+    if not len(classes):
+        return np.zeros(maps_nHW.shape[1:], np.uint8)
+    foreground = background if foreground is None else foreground
+    strongest_HW = maps_nHW.max(0)
+    seed_HW = np.asarray(classes, np.uint8)[maps_nHW.argmax(0)]
+    seed_HW[strongest_HW < foreground] = IGNORE
+    seed_HW[strongest_HW < background] = 0
+    return seed_HW
+
+
+def cam_to_probabilities(maps_nHW: np.ndarray, background: float) -> np.ndarray:
+    """Activation maps and a constant `background` beside them, normalised to sum to one: float32 (1 + n) x H x W."""
+    scores_nHW = np.concatenate([np.full((1, *maps_nHW.shape[1:]), background, np.float32), maps_nHW])
+    return scores_nHW / scores_nHW.sum(0).clip(1e-6)

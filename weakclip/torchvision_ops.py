@@ -1,0 +1,27 @@
+"""Lets open_clip import torchvision where torchvision's compiled operators are missing.
+
+The torchvision wheel on PyPI is built against the CUDA build of torch. Beside a CPU-only torch its C++ extension does not
+load, and its Python side then fails on import, because it registers fake kernels for two operators that nobody declared.
+Declaring their schemas is enough: nothing here ever calls them.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+
+def declare_missing() -> None:
+    """Declare torchvision's operators if its own extension cannot. Call it before the first `import open_clip`."""
+    spec = find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return
+    try:
+        for extension in Path(spec.origin).parent.glob("_C*.so"):
+            torch.ops.load_library(str(extension))  # what torchvision's own import does a moment later
+    except OSError:
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                torch.library.define(f"torchvision::{name}", _SCHEMA)
