@@ -14,8 +14,8 @@ import numpy as np
 
 from weakclip import cli, pictures
 from weakclip.config import SeedConfig
-from weakclip.data.shard import DecodedSample, Index, decode_sample, read_entry
-from weakclip.data.stream import cam_maps, seed_mask
+from weakclip.data.shard import DecodedSample, Index
+from weakclip.data.stream import cam_maps, load, seed_mask
 
 
 def row(sample: DecodedSample, seeds: SeedConfig) -> pictures.Row:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.count < 1 or not 0 <= options.start < len(index.entries):
         raise ValueError(f"--start must be 0..{len(index.entries) - 1} and --count at least 1")
     entries = index.entries[options.start : options.start + options.count]
-    samples = [decode_sample(read_entry(index.root, entry), entry, len(index.classes)) for entry in entries]
+    samples = [load(index, entry) for entry in entries]
     pictures.sheet([row(sample, SeedConfig()) for sample in samples], index.classes).save(options.out, "PNG")
     print(f"{options.out}: {len(samples)} samples")
 

@@ -6,8 +6,10 @@ B images, K classes, L tokens, N prompts, D width, E joint embedding, h x w toke
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +160,7 @@ def _drop_path(branch_BLD: Tensor, rate: float) -> Tensor:
 def _load(config: ClipConfig) -> Any:
     """An open_clip model with the weights that `config.pretrained` names."""
     if config.pretrained == "none":
-        return _build(_architecture(config.model))
+        return _build(_architecture(config.model), "clip.model")
     path = DEMO if config.pretrained == "demo" else Path(config.pretrained)
     if not path.exists():
         source = get_pretrained_url(config.model or "ViT-B-16-quickgelu", "openai")
@@ -171,14 +173,17 @@ def _load(config: ClipConfig) -> Any:
         settings = path / "open_clip_config.json"
         if not settings.is_file():
             raise ConfigError(f"clip.pretrained: {path} holds no open_clip_config.json")
-        architecture = json.loads(settings.read_text())["model_cfg"]
+        try:
+            architecture, source = json.loads(settings.read_text())["model_cfg"], f"clip.pretrained: {settings}"
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"clip.pretrained: {settings} has no model_cfg ({error!r})") from error
         weights = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.pt")) + sorted(path.glob("*.bin"))
         if not weights:
             raise ConfigError(f"clip.pretrained: {path} holds no weights (*.safetensors, *.pt or *.bin)")
         path = weights[0]
     else:
-        architecture = _architecture(config.model)
-    model = _build(architecture)
+        architecture, source = _architecture(config.model), "clip.model"
+    model = _build(architecture, source)
     _load_weights(model, path)
     return model
 
@@ -190,19 +195,37 @@ def _architecture(name: str | None) -> dict[str, Any]:
     return architecture
 
 
-def _build(architecture: dict[str, Any]) -> nn.Module:
-    vision = architecture["vision_cfg"]
-    if vision.get("timm_model_name") or not isinstance(vision["layers"], int) or "hf_model_name" in architecture["text_cfg"]:
-        raise ConfigError("clip.model: only CLIPs with a plain ViT and CLIP's own text tower are supported")
-    if vision["patch_size"] not in (14, 16):
-        raise ConfigError(f"clip.model: patch {vision['patch_size']} is not supported; take a ViT with patch 14 or 16")
-    return open_clip.CLIP(**{key: value for key, value in architecture.items() if key != "custom_text"})
+# Where an architecture may differ from a plain CLIP. Another pooling, mask, vocabulary or tokenizer gives other features.
+_VARIES = {"layers", "width", "head_width", "heads", "mlp_ratio", "patch_size", "image_size", "context_length"}
+_VARIES |= {"ls_init_value", "patch_dropout", "act_kwargs", "norm_kwargs"}
+
+
+def _build(architecture: dict[str, Any], source: str) -> nn.Module:
+    try:
+        vision, text = open_clip.CLIPVisionCfg(**architecture["vision_cfg"]), open_clip.CLIPTextCfg(**architecture["text_cfg"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{source}: not an architecture of open_clip ({error!r})") from error
+    odd = [
+        item.name
+        for part in (vision, text)
+        for item in fields(part)
+        if item.name not in _VARIES and getattr(part, item.name) != getattr(type(part)(), item.name)
+    ]
+    if odd or "multimodal_cfg" in architecture or not isinstance(vision.layers, int):
+        what = f" ({', '.join(odd)})" if odd else ""
+        raise ConfigError(f"{source}: only CLIPs with a plain ViT and CLIP's own text tower are supported{what}")
+    if vision.patch_size not in (14, 16):
+        raise ConfigError(f"{source}: patch {vision.patch_size} is not supported; take a ViT with patch 14 or 16")
+    try:
+        return open_clip.CLIP(**{key: value for key, value in architecture.items() if key != "custom_text"})
+    except TypeError as error:
+        raise ConfigError(f"{source}: not an architecture of open_clip ({error})") from error
 
 
 def _load_weights(model: Any, path: Path) -> None:
     try:
         state = _read_weights(path)
-    except (SafetensorError, RuntimeError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except (SafetensorError, RuntimeError, ValueError, zipfile.BadZipFile, OSError) as error:
         raise ConfigError(f"clip.pretrained: {path} cannot be read as weights: {str(error).splitlines()[0]}") from error
     if "token_embedding.rows" in state:  # a small vocabulary keeps only the rows that occur
         rows, ids = state.pop("token_embedding.rows"), state.pop("token_embedding.row_ids")
@@ -221,6 +244,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
         return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError("it is no file of torch.save, or holds more than tensors and plain values") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError("it holds no state dict")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}

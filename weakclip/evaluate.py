@@ -19,7 +19,7 @@ from tqdm import tqdm
 from weakclip import cli, labels
 from weakclip.config import Config
 from weakclip.data.shard import DecodedSample
-from weakclip.data.stream import cam_maps, open_index, seed_mask, select_shards, stored_samples
+from weakclip.data.stream import StoredSamples, cam_maps, open_index, seed_mask, select_shards
 from weakclip.metrics import Scores, confusion
 from weakclip.seeds import cam_to_seed
 
@@ -29,7 +29,7 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 def score(samples: Iterable[DecodedSample], predict: Callable[[DecodedSample], np.ndarray], names: Sequence[str]) -> Scores:
     """IoU of `predict(sample)` against each sample's mask. Pixels that a seed ignores (255) count as background."""
     matrix_KK = np.zeros((len(names), len(names)), np.int64)
-    for sample in tqdm(samples, "scoring", unit="image", disable=None):
+    for sample in tqdm(samples, "scoring", unit=" images", disable=None):
         prediction_HW = predict(sample)
         matrix_KK += confusion(truth(sample), np.where(prediction_HW == labels.IGNORE, 0, prediction_HW), len(names))
     return Scores.of(matrix_KK, names)
@@ -45,7 +45,7 @@ def best_cam_threshold(samples: Iterable[DecodedSample], names: Sequence[str]) -
     """The single background threshold at which the CAMs score best, and that score."""
     K = len(names)
     matrices = np.zeros((len(THRESHOLDS), K, K), np.int64)
-    for sample in tqdm(samples, "CAM thresholds", unit="image", disable=None):
+    for sample in tqdm(samples, "CAM thresholds", unit=" images", disable=None):
         maps_nHW = cam_maps(sample)
         for matrix_KK, threshold in zip(matrices, THRESHOLDS, strict=True):
             prediction_HW = cam_to_seed(maps_nHW, sample.cam.classes if sample.cam else (), threshold)
@@ -74,7 +74,7 @@ def run(config: Config, what: str, data: str, shards: str | None, masks: Path) -
     """The stage: scores of "masks", "seeds" or "cam" on `shards` of the shard set `data`."""
     names = labels.class_names(config.classes)
     index = open_index(data, names)
-    samples = stored_samples(index, select_shards(index, shards), config.data.workers)
+    samples = StoredSamples(index, select_shards(index, shards), config.data.workers)
     if what == "cam":
         threshold, scores = best_cam_threshold(samples, names)
         print(f"best threshold {threshold}")

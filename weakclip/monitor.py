@@ -28,7 +28,8 @@ class Monitor:
 
     def __init__(self, run: Path, config: Config, engine: Engine) -> None:
         self.config, self.engine = config, engine
-        self.bad: dict[str, None] = {}
+        self.bad: dict[str, None] = {}  # what was wrong, in the order in which it was met
+        self._told = 0
         self._losses: list[dict[str, Tensor]] = []
         self._since = time.perf_counter()
         self._waited = 0.0
@@ -64,7 +65,6 @@ class Monitor:
         means = {name: torch.stack([losses[name] for losses in self._losses]).mean().item() for name in self._losses[0]}
         seconds = time.perf_counter() - self._since
         reports = engine.world.gather((means, self._waited / seconds, list(self.bad)))
-        known = len(self.bad)
         self.bad |= dict.fromkeys(message for report in reports for message in report[2])
         values = {f"loss/{name}": float(np.mean([report[0][name] for report in reports])) for name in means}
         values["lr"] = engine.lr
@@ -74,10 +74,11 @@ class Monitor:
         values["memory_gib"] = _memory_gib(engine.world.device)
         values["bad_samples"] = len(self.bad)
         if self.leader:
-            for message in list(self.bad)[known - len(reports[0][2]) :]:
-                self._say(f"skipped: {message}")
+            for message in list(self.bad)[self._told :]:
+                self.say(f"skipped: {message}")
+            self._told = len(self.bad)
             self.write(values)
-            self._say(self._progress(values, seconds / len(self._losses)))
+            self.say(self._progress(values, seconds / len(self._losses)))
         self._losses.clear()
         self._since, self._waited = time.perf_counter(), 0.0
         if len(self.bad) > self.config.data.max_bad_samples:
@@ -112,13 +113,10 @@ class Monitor:
             f"{values['images_per_second']:.1f} images/s  data wait {values['data_wait_percent']:.0f} %  ETA {left}"
         )
 
-    def _say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
-
     def say(self, line: str) -> None:
-        """A line for the person who watches. Rank 0 only writes it."""
+        """A line for the person who watches, from rank 0."""
         if self.leader:
-            self._say(line)
+            tqdm.write(line, file=sys.stderr)
 
 
 def _memory_gib(device: torch.device) -> float:

@@ -40,7 +40,7 @@ class Row:
 def sheet(rows: Sequence[Row], names: Sequence[str], columns: Sequence[str] = ()) -> Image.Image:
     """All rows on white; `columns` are headings of the pictures."""
     row_h, top = TILE_H + CAPTION_H, CAPTION_H if columns else 0
-    page = Image.new("RGB", (TILE_W * max(3, *(len(row.pictures) for row in rows)), top + row_h * len(rows)), "white")
+    page = Image.new("RGB", (TILE_W * max([3, *(len(row.pictures) for row in rows)]), max(1, top + row_h * len(rows))), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for column, heading in enumerate(columns):
         draw.text((column * TILE_W + 4, 4), heading, "black", font)

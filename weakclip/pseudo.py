@@ -23,7 +23,7 @@ from tqdm import tqdm
 from weakclip import cli, crf, infer, labels
 from weakclip.config import Config, ConfigError
 from weakclip.data.shard import DecodedSample, sha256
-from weakclip.data.stream import open_index, select_shards, stored_samples
+from weakclip.data.stream import StoredSamples, open_index, select_shards
 from weakclip.model import WeakCLIP
 
 
@@ -63,10 +63,10 @@ def pseudo_mask(model: WeakCLIP, sample: DecodedSample, config: Config, text_KE:
     return crf.refine(probs_KHW, sample.image, config.pseudo.crf)
 
 
-def write_masks(model: WeakCLIP, config: Config, samples: Iterable[DecodedSample], total: int, out: Path) -> None:
+def write_masks(model: WeakCLIP, config: Config, samples: Iterable[DecodedSample], out: Path) -> None:
     """KEY.png of every sample into `out`; a mask that is there already is left alone."""
     text_KE = model.encode_names().detach()
-    for sample in tqdm(samples, "pseudo masks", total, unit="image", disable=None):
+    for sample in tqdm(samples, "pseudo masks", unit=" images", disable=None):
         path = out / f"{sample.key}.png"
         if not path.exists():
             save_mask(pseudo_mask(model, sample, config, text_KE), path)
@@ -104,7 +104,7 @@ def run(config: Config, data: str, weights: Path, out: Path, shards: str | None 
     claim(out, config, weights)
     missing = [entry for entry in entries if not (out / f"{entry.key}.png").exists()]
     model = load_model(config, weights)
-    write_masks(model, config, stored_samples(index, missing, config.data.workers), len(missing), out)
+    write_masks(model, config, StoredSamples(index, missing, config.data.workers), out)
     return out
 
 

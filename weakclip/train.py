@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 from weakclip import cli, infer, labels, pictures
 from weakclip import run as runs
 from weakclip.config import Config, PseudoConfig
-from weakclip.data.shard import Index
-from weakclip.data.stream import cam_maps, open_index, seed_mask, stored_samples, training_batches
+from weakclip.data.shard import Index, ShardError
+from weakclip.data.stream import StoredSamples, cam_maps, load, open_index, seed_mask, training_batches
 from weakclip.engine import Engine, World, save_weights
 from weakclip.metrics import Scores, confusion
 from weakclip.model import WeakCLIP
@@ -100,8 +101,9 @@ def validation_scores(model: WeakCLIP, world: World, config: Config, validation:
     K = len(validation.classes)
     matrix_KK = torch.zeros(K, K, dtype=torch.int64)
     text_KE = model.encode_names().detach()
-    mine = stored_samples(validation, entries[world.rank :: world.ranks], config.data.workers)
-    for sample in tqdm(mine, "validation", leave=False, disable=None if world.rank == 0 else True):
+    mine = entries[world.rank :: world.ranks]
+    samples = StoredSamples(validation, mine, config.data.workers)
+    for sample in tqdm(samples, "validation", leave=False, disable=None if world.rank == 0 else True):
         if sample.mask is None:
             raise ValueError(f"data.val: {validation.root}: {sample.key} has no ground-truth mask; build the shards with --masks")
         probs_KHW = infer.predict(model, sample.image, single_scale(config), config.data.scale, text_KE)
@@ -111,12 +113,17 @@ def validation_scores(model: WeakCLIP, world: World, config: Config, validation:
     return Scores.of(total_KK.cpu().numpy(), validation.classes)
 
 
-def picture_sheet(model: WeakCLIP, config: Config, index: Index):
-    """Image, CAM, seed and prediction of the first training images."""
+def picture_sheet(model: WeakCLIP, config: Config, index: Index) -> Image.Image:
+    """Image, CAM, seed and prediction of the first training images; unreadable ones are left out."""
     rows = []
-    for sample in stored_samples(index, index.entries[: config.train.pictures], workers=0):
+    for entry in index.entries[: config.train.pictures]:
+        try:
+            sample = load(index, entry)
+            seed_HW = seed_mask(sample, config.seeds)
+        except ShardError:
+            continue
         prediction_HW = infer.predict(model, sample.image, single_scale(config), config.data.scale).argmax(0).cpu().numpy()
-        found = [sample.image, pictures.colour_mask(seed_mask(sample, config.seeds)), pictures.colour_mask(prediction_HW)]
+        found = [sample.image, pictures.colour_mask(seed_HW), pictures.colour_mask(prediction_HW)]
         if sample.cam is not None:
             found.insert(1, pictures.heat(sample.image, cam_maps(sample)))
         rows.append(pictures.Row(sample.key, sample.classes, found))

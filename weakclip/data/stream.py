@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import webdataset as wds
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from weakclip.config import Config, SeedConfig
 from weakclip.data import plan, transforms
@@ -20,14 +20,14 @@ from weakclip.seeds import cam_to_seed
 
 
 class Batch(NamedTuple):
-    keys: tuple[str, ...]
+    keys: list[str]
     images: Tensor
     """uint8 B x 3 x c x c."""
     seeds: Tensor
     """int64 B x c x c."""
     photometric: Tensor
     """float32 B x 5: the draws that transforms.to_device applies."""
-    bad: tuple[str, ...]
+    bad: list[str]
     """What was wrong with samples that were skipped on the way, one line each."""
 
 
@@ -36,6 +36,11 @@ def open_index(path: str, class_names: Sequence[str]) -> Index:
     index = Index.load(path)
     check_same(class_names, index.classes, str(index.root))
     return index
+
+
+def load(index: Index, entry: Entry) -> DecodedSample:
+    """One sample, by one seek and one read. Raises ShardError when it is damaged."""
+    return decode_sample(read_entry(index.root, entry), entry, len(index.classes))
 
 
 def cam_maps(sample: DecodedSample) -> np.ndarray:
@@ -58,7 +63,7 @@ def seed_mask(sample: DecodedSample, config: SeedConfig) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class TrainingSamples:
+class TrainingSamples(IterableDataset[dict[str, Any]]):
     """Iterates over the augmented samples of the micro-batches that this loader process is to make."""
 
     index: Index
@@ -83,7 +88,7 @@ class TrainingSamples:
         bad = []
         for epoch, number in order.successors(position):
             try:
-                sample = self._decode(entries[number])
+                sample = load(self.index, entries[number])
                 seed_HW = seed_mask(sample, self.config.seeds)
             except ShardError as error:
                 bad.append(str(error))
@@ -95,9 +100,6 @@ class TrainingSamples:
             return {"key": sample.key, "image": image, "seed": seed, "photometric": draws, "bad": bad}
         raise ShardError(too_many_bad(bad, self.config.data.max_bad_samples))
 
-    def _decode(self, entry: Entry) -> DecodedSample:
-        return decode_sample(read_entry(self.index.root, entry), entry, len(self.index.classes))
-
 
 def too_many_bad(bad: Sequence[str], limit: int) -> str:
     return f"more than data.max_bad_samples={limit} unreadable samples; the last: {bad[-1]}"
@@ -105,11 +107,11 @@ def too_many_bad(bad: Sequence[str], limit: int) -> str:
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:
     return Batch(
-        keys=tuple(sample["key"] for sample in samples),
+        keys=[sample["key"] for sample in samples],
         images=torch.from_numpy(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2).contiguous(),
         seeds=torch.from_numpy(np.stack([sample["seed"] for sample in samples])).long(),
         photometric=torch.from_numpy(np.stack([sample["photometric"] for sample in samples])),
-        bad=tuple(message for sample in samples for message in sample["bad"]),
+        bad=[message for sample in samples for message in sample["bad"]],
     )
 
 
@@ -118,30 +120,47 @@ def training_batches(index: Index, config: Config, consumed: int = 0, rank: int 
     samples = TrainingSamples(index, config, consumed, rank, ranks)
     pipeline = wds.DataPipeline(samples, wds.batched(config.train.batch, collation_fn=collate, partial=False))
     workers = config.data.workers
-    return iter(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available()))
+    return _unwrapped(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available()))
 
 
-class StoredSamples(Dataset[DecodedSample]):
-    """Samples as they lie in the shards, for validation, inference and scores."""
+@dataclass(frozen=True)
+class StoredSamples:
+    """`entries` as they lie in the shards, decoded in order and ahead of their use. A damaged one raises ShardError."""
 
-    def __init__(self, index: Index, entries: Sequence[Entry]) -> None:
-        self.index, self.entries = index, entries
+    index: Index
+    entries: Sequence[Entry]
+    workers: int
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[DecodedSample]:
+        decoding = _Decoding(self.index, self.entries)
+        return _unwrapped(DataLoader(decoding, batch_size=None, num_workers=self.workers, collate_fn=_identity))
+
+
+@dataclass(frozen=True)
+class _Decoding(Dataset[DecodedSample]):
+    index: Index
+    entries: Sequence[Entry]
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, number: int) -> DecodedSample:
-        entry = self.entries[number]
-        return decode_sample(read_entry(self.index.root, entry), entry, len(self.index.classes))
-
-
-def stored_samples(index: Index, entries: Sequence[Entry], workers: int) -> DataLoader[DecodedSample]:
-    """`entries` decoded in order, ahead of their use. A damaged one raises ShardError."""
-    return DataLoader(StoredSamples(index, entries), batch_size=None, num_workers=workers, collate_fn=_identity)
+        return load(self.index, self.entries[number])
 
 
 def _identity(sample: Any) -> Any:
     return sample
+
+
+def _unwrapped(loader: Iterable[Any]) -> Iterator[Any]:
+    """The loader's items; a loader process wraps an error's one line in its traceback, here it comes out again."""
+    try:
+        yield from loader
+    except ShardError as error:
+        raise ShardError(str(error).strip().splitlines()[-1].rpartition("ShardError: ")[2]) from None
 
 
 def select_shards(index: Index, subset: str | None) -> list[Entry]:

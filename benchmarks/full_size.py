@@ -1,0 +1,80 @@
+"""Time and peak memory of one training step, or of one pseudo mask, at full size with random weights.
+
+    python benchmarks/full_size.py step --config configs/voc.yaml
+    python benchmarks/full_size.py mask --config configs/coco.yaml
+
+A step is: forward, the three losses, backward and AdamW on 2 images of 512 x 512, at the recipe's other settings. A mask is one
+500 x 375 image with the recipe's scales, mirror images and CRF.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from weakclip import cli, labels, pseudo
+from weakclip.config import Config
+from weakclip.data.shard import DecodedSample
+from weakclip.losses import weakclip_losses
+from weakclip.model import WeakCLIP
+
+
+def step(model: WeakCLIP, config: Config, device: torch.device) -> Callable[[], None]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+    images_B3HW = torch.randn(2, 3, config.augment.crop, config.augment.crop, device=device)
+    seeds_BHW = torch.randint(0, len(model.names_KL), (2, config.augment.crop, config.augment.crop), device=device)
+    model.train()
+
+    def once() -> None:
+        output = model(images_B3HW)
+        losses = weakclip_losses(output.logits_BKhw, output.scores_BKhw, seeds_BHW, images_B3HW, config.loss)
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return once
+
+
+def mask(model: WeakCLIP, config: Config, device: torch.device) -> Callable[[], None]:
+    image_HW3 = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
+    sample = DecodedSample("noise", image_HW3, (1,), cam=None, seed=None, mask=None)
+    text_KE = model.eval().encode_names().detach()
+    return lambda: (pseudo.pseudo_mask(model, sample, config, text_KE), None)[1]
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("step", "mask"))
+    parser.add_argument("--repeat", type=int, default=3, help="timed repetitions, after one that is not")
+    config, options = cli.parse_config(parser, arguments)
+    config.clip.pretrained = "none"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = WeakCLIP(config, labels.class_names(config.classes)).to(device)
+    once = {"step": step, "mask": mask}[options.what](model, config, device)
+    seconds = []
+    for _ in range(options.repeat + 1):
+        start = time.perf_counter()
+        once()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = (
+        torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{options.what}, K = {len(model.names_KL)}, {where}: median {statistics.median(seconds[1:] or seconds):.2f} s of "
+        f"{[round(s, 2) for s in seconds]}, peak memory {peak / 2**30:.2f} GiB"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

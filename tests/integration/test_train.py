@@ -1,0 +1,154 @@
+"""Training on real ranks: the same losses on any number of them, exact resume, what a run leaves behind, bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.integration.conftest import ENVIRONMENT, REPO, command, metrics
+from weakclip.data.shard import Index
+
+WITHOUT_CHANCE = ("matching.dropout=0", "decoder.dropout=0")
+EVERY_STEP = ("train.log_every=1", "optim.warmup=2", "optim.lr=1e-3")
+
+
+@pytest.fixture(scope="module")
+def shards(make_shards, tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("shards") / "train", count=11, per_shard=4)
+
+
+@pytest.fixture(scope="module")
+def train(launch, tiny_recipe, shards):
+    def run(ranks, folder, *arguments, fails=False):
+        data = () if any("data.train=" in argument for argument in arguments) else (f"data.train={shards.root}",)
+        return launch(
+            ranks, "weakclip.train", "--config", tiny_recipe, f"run={folder}", *data, *EVERY_STEP, *arguments, fails=fails
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(train, tmp_path_factory):
+    """Losses of one process without torchrun, on the whole global batch."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train(0, run, "train.steps=5", "train.batch=4", *WITHOUT_CHANCE)
+    return metrics(run)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_of_every_zero_stage_have_the_losses_of_one_process(train, alone, tmp_path, stage):
+    train(
+        2,
+        tmp_path / "run",
+        "train.steps=5",
+        "train.batch=2",
+        f"train.deepspeed=configs/deepspeed/zero{stage}.json",
+        *WITHOUT_CHANCE,
+    )
+    assert len(alone) == 5
+    assert metrics(tmp_path / "run") == pytest.approx(alone, abs=1e-4)
+
+
+def test_accumulated_micro_batches_see_the_same_samples(train, tmp_path):
+    """BatchNorm sees a micro-batch at a time, so only the first forward pass can agree: with frozen statistics all would."""
+    for batch, accumulate in ((4, 1), (2, 2)):
+        run = tmp_path / str(batch)
+        train(0, run, "train.steps=1", f"train.batch={batch}", f"train.accumulate={accumulate}", *WITHOUT_CHANCE)
+    assert metrics(tmp_path / "2") == pytest.approx(metrics(tmp_path / "4"), rel=0.2)
+
+
+def test_a_killed_run_goes_on_exactly(train, tiny_recipe, shards, tmp_path):
+    options = ("train.steps=8", "train.checkpoint_every=3", "train.deepspeed=configs/deepspeed/zero2.json")
+    train(2, tmp_path / "whole", *options)
+    killed = tmp_path / "killed"
+    arguments = ("--config", tiny_recipe, f"run={killed}", f"data.train={shards.root}", *EVERY_STEP, *options)
+    process = subprocess.Popen(
+        command(2, "weakclip.train", *arguments), env=ENVIRONMENT, cwd=REPO, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while not (killed / "checkpoints" / "step-3").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    subprocess.run(["pkill", "-KILL", "-g", str(process.pid)], check=False)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    train(2, killed, *options, "--resume", "auto")
+    assert metrics(killed) == metrics(tmp_path / "whole")
+    ours, theirs = (load_file(tmp_path / name / "weights" / "last.safetensors") for name in ("killed", "whole"))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_what_a_run_leaves_behind(train, shards, tmp_path):
+    run = tmp_path / "run"
+    train(2, run, f"data.val={shards.root}", "train.steps=4", "train.validate_every=2", "train.checkpoint_every=1")
+    assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == ["step-3", "step-4"]
+    best = json.loads((run / "best.json").read_text())
+    assert best["miou"] == max(metrics(run, "validation/miou").values())
+    assert best["step"] in (2, 4)
+    assert (run / "weights" / "best.safetensors").is_file()
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    wanted = {"loss/total", "loss/seeding", "loss/boundary", "loss/auxiliary", "lr", "gradient_norm", "images_per_second"}
+    assert wanted | {"data_wait_percent", "memory_gib", "validation/miou"} <= set(board.Tags()["scalars"])
+    assert board.Tags()["images"] == ["training images"]
+    assert all(value > 0 for value in metrics(run, "gradient_norm").values())
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused_with_the_cure(train, tmp_path):
+    train(0, tmp_path / "run", "train.steps=1")
+    done = train(2, tmp_path / "run", "train.steps=2", "--resume", "auto", fails=True)
+    assert "written by 1 ranks with ZeRO 0, but this run has 2 with ZeRO 0; start as many ranks" in done.stderr
+
+
+def last_error(done):
+    (line,) = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    return line
+
+
+def test_another_runs_directory_is_refused(train, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "to-mother.txt").write_text("dear")
+    assert "holds files that are no run's" in last_error(train(0, tmp_path / "letters", fails=True))
+    train(0, tmp_path / "run", "train.steps=1")
+    assert "already holds a run; go on with it by --resume auto" in last_error(train(0, tmp_path / "run", fails=True))
+    changed = train(0, tmp_path / "run", "--resume", "auto", "prompts.length=4", fails=True)
+    assert "was made with another prompts" in last_error(changed)
+
+
+@pytest.fixture
+def damaged(make_shards, tmp_path):
+    """A shard set whose image_1 and image_5 do not decode."""
+    index = make_shards(tmp_path / "damaged", count=8, per_shard=4)
+    for entry in index.entries:
+        if entry.key in ("image_1", "image_5"):
+            with open(index.root / entry.shard, "r+b") as file:
+                file.seek(entry.offset + 600)  # within the image's bytes, which follow its 512-byte header
+                file.write(b"\0" * 64)
+    return index
+
+
+def test_unreadable_images_are_skipped_and_named(train, damaged, tmp_path):
+    done = train(2, tmp_path / "run", f"data.train={damaged.root}", "train.steps=4")
+    for key in ("image_1", "image_5"):
+        assert sum(f"{key}: " in line and line.startswith("skipped: ") for line in done.stderr.splitlines()) == 1
+    assert metrics(tmp_path / "run", "bad_samples")[4] == 2
+
+
+def test_too_many_unreadable_images_stop_the_job_on_every_rank(train, damaged, tmp_path):
+    done = train(2, tmp_path / "run", f"data.train={damaged.root}", "train.steps=50", "data.max_bad_samples=1", fails=True)
+    assert "more than data.max_bad_samples=1 unreadable samples" in last_error(done)
+
+
+def test_a_truncated_shard_is_named(train, make_shards, tmp_path):
+    root = make_shards(tmp_path / "short").root
+    shard = root / "shard-00001.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    assert "shard-00001.tar: shard is" in last_error(train(0, tmp_path / "run", f"data.train={root}", fails=True))
+    assert not (tmp_path / "run").exists()
+    assert Index.load(make_shards(tmp_path / "whole").root).shards

@@ -1,0 +1,143 @@
+"""Scores of masks, seeds and CAMs on a set whose left half is class 1 (cat)."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from weakclip import evaluate
+from weakclip.config import save
+from weakclip.data.shard import Cam, Index
+from weakclip.data.stream import StoredSamples
+
+NAMES = ("background", "cat", "dog", "cow")
+H, W = 48, 64
+TRUTH_HW = np.repeat((np.arange(W) < W // 2).astype(np.uint8)[None], H, axis=0)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, make_shards) -> Index:
+    return make_shards(tmp_path_factory.mktemp("evaluate") / "set", 4, 2)
+
+
+def samples(index: Index):
+    return StoredSamples(index, index.entries, 0)
+
+
+def written(folder, index: Index, mask_HW: np.ndarray):
+    folder.mkdir(exist_ok=True)
+    for entry in index.entries:
+        Image.fromarray(mask_HW).save(folder / f"{entry.key}.png")
+    return folder
+
+
+def test_the_truth_scores_100_and_absent_classes_are_null(shards):
+    scores = evaluate.score(samples(shards), lambda sample: sample.mask, NAMES)
+    assert scores.as_dict() == {"miou": 100.0, "iou": {"background": 100.0, "cat": 100.0, "dog": None, "cow": None}}
+
+
+def test_a_prediction_is_scored_over_all_samples_together(shards):
+    """Three of four images right, one all background: cat 3 / 4, background 4 / 5 (of half images)."""
+    scores = evaluate.score(samples(shards), lambda s: s.mask * (s.key != "image_2"), NAMES)
+    assert scores.iou[:2] == pytest.approx((4 / 5, 3 / 4)) and scores.miou == pytest.approx((0.8 + 0.75) / 2)
+
+
+def test_ignored_predictions_count_as_background(shards):
+    """A quarter of the width is ignored in each half: cat is half found; background has a false quarter."""
+    prediction_HW = TRUTH_HW.copy()
+    prediction_HW[:, W // 4 : 3 * W // 4] = 255
+    scores = evaluate.score(samples(shards), lambda _: prediction_HW, NAMES)
+    assert scores.iou[:2] == pytest.approx((2 / 3, 1 / 2))
+
+
+def test_ignored_truth_does_not_count(tmp_path, make_shards, png_of):
+    truth_HW = TRUTH_HW.copy()
+    truth_HW[:, ::2] = 255
+    index = make_shards(tmp_path / "set", 1, mask=png_of(truth_HW))
+    scores = evaluate.score(samples(index), lambda _: np.where(truth_HW == 255, 3, TRUTH_HW), NAMES)
+    assert scores.miou == 1.0 and np.isnan(scores.iou[3])
+
+
+def test_a_set_without_masks_says_what_to_build(tmp_path, make_shards):
+    index = make_shards(tmp_path / "set", 1, mask=None)
+    with pytest.raises(ValueError, match="image_0: no ground-truth mask in the shard; build the shards with --masks"):
+        evaluate.score(samples(index), lambda _: TRUTH_HW, NAMES)
+
+
+def test_the_best_cam_threshold_is_found(tmp_path, make_shards):
+    """The object stands out at 0.62 above a false 0.28 elsewhere, so any threshold in between is perfect."""
+    maps_1hw = np.where(TRUTH_HW, round(0.62 * 255), round(0.28 * 255)).astype(np.uint8)[None]
+    index = make_shards(tmp_path / "set", 2, cam=Cam((1,), maps_1hw, 1.0), seed=None)
+    threshold, scores = evaluate.best_cam_threshold(samples(index), NAMES)
+    assert threshold == 0.3 and scores.miou == 1.0
+    for chosen, miou in [(0.25, (0 + 0.5) / 2), (0.65, (0.5 + 0) / 2)]:
+        config_scores = evaluate.score(
+            samples(index), lambda s, t=chosen: evaluate.cam_to_seed(evaluate.cam_maps(s), (1,), t), NAMES
+        )
+        assert config_scores.miou == pytest.approx(miou)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_mask_is_read_as_indices_whether_grey_or_palette(tmp_path):
+    picture = Image.fromarray(TRUTH_HW * 3)
+    picture.save(tmp_path / "grey.png")
+    picture.putpalette([9] * 768)
+    picture.save(tmp_path / "palette.png")
+    for key in ("grey", "palette"):
+        np.testing.assert_array_equal(evaluate.read_mask(tmp_path, key), TRUTH_HW * 3)
+
+
+def test_a_missing_damaged_or_coloured_mask_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"here.png: missing; write it with python -m weakclip.pseudo"):
+        evaluate.read_mask(tmp_path, "here")
+    Image.fromarray(TRUTH_HW).save(tmp_path / "here.png")
+    data = (tmp_path / "here.png").read_bytes()
+    for damaged in (data[: len(data) // 2], b"", b"no picture"):
+        (tmp_path / "here.png").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"here.png: .*; remove it and run python -m weakclip.pseudo again"):
+            evaluate.read_mask(tmp_path, "here")
+    Image.new("RGB", (W, H)).save(tmp_path / "here.png")
+    with pytest.raises(ValueError, match="here.png: a mask is an 8-bit palette or grey PNG, this is RGB"):
+        evaluate.read_mask(tmp_path, "here")
+
+
+def test_masks_seeds_and_cams_of_a_set_are_scored(shards, tiny_config, tmp_path, capsys):
+    config, data = tiny_config(), str(shards.root)
+    masks = written(tmp_path / "masks", shards, TRUTH_HW)
+    for what in ("masks", "seeds", "cam"):
+        assert evaluate.run(config, what, data, None, masks).miou == 1.0
+    assert capsys.readouterr().out.startswith("best threshold 0.")
+    written(masks, shards, np.zeros_like(TRUTH_HW))
+    assert evaluate.run(config, "masks", data, None, masks).iou[:2] == (0.5, 0.0)
+
+
+def test_a_missing_mask_stops_the_score(shards, tiny_config, tmp_path):
+    masks = written(tmp_path / "masks", shards, TRUTH_HW)
+    (masks / "image_3.png").unlink()
+    assert evaluate.run(tiny_config(), "masks", str(shards.root), "0", masks).miou == 1.0  # not in this shard
+    with pytest.raises(ValueError, match="image_3.png: missing"):
+        evaluate.run(tiny_config(), "masks", str(shards.root), None, masks)
+
+
+def test_the_command_writes_json_with_nulls_and_prints_the_table(shards, tiny_config, tmp_path, capsys):
+    save(tiny_config(f"data.train={shards.root}"), tmp_path / "recipe.yaml")
+    evaluate.main(["--config", str(tmp_path / "recipe.yaml"), "--what", "seeds", "--shards", "0:1"])
+    out = tmp_path / "run/scores-seeds.json"
+    assert json.loads(out.read_text())["iou"] == {"background": 100.0, "cat": 100.0, "dog": None, "cow": None}
+    assert [path.name for path in out.parent.iterdir()] == ["scores-seeds.json"]
+    printed = capsys.readouterr().out
+    assert "mIoU        100.00" in printed and printed.endswith(f"written: {out}\n")
+
+
+def test_the_command_takes_other_folders(shards, tiny_config, tmp_path):
+    save(tiny_config(), tmp_path / "recipe.yaml")
+    masks = written(tmp_path / "masks", shards, TRUTH_HW)
+    out = tmp_path / "new/scores.json"
+    where = ["--masks", str(masks), "--data", str(shards.root), "--out", str(out)]
+    evaluate.main(["--config", str(tmp_path / "recipe.yaml"), *where])
+    assert json.loads(out.read_text())["miou"] == 100.0

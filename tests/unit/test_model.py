@@ -1,0 +1,247 @@
+"""What is trained and what is frozen: counts, gradients, memory; and the parts' shapes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from weakclip import model as models
+from weakclip.adapter import PyramidAdapter
+from weakclip.batchnorm import CpuSyncBatchNorm2d, synchronise
+from weakclip.config import MatchingConfig
+from weakclip.decoder import FpnHead, TextGuidedDecoder
+from weakclip.labels import class_names
+from weakclip.matching import CoAttentionMatching
+from weakclip.model import WeakCLIP, parameter_counts
+
+
+def images(*size: int) -> torch.Tensor:
+    torch.manual_seed(5)
+    return torch.randn(*size)
+
+
+def trained(model: WeakCLIP, x_B3HW: torch.Tensor) -> WeakCLIP:
+    """`model` after one backward pass in training mode."""
+    output = model.train()(x_B3HW)
+    (output.logits_BKhw.square().mean() + output.scores_BKhw.square().mean()).backward()
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------------- counts
+
+SAME = {
+    "vision tower (frozen)": 86_828_544,
+    "text tower (frozen)": 63_395_328,
+    "pyramid adapter": 7_087_872,
+    "prompts": 8 * 512,
+    "alpha, beta": 2 * 512,
+    "co-attention": 6_840_832,
+}
+VOC = {"FPN neck": 3_169_280, "semantic-FPN head": 4_137_749}
+COCO = {"FPN neck": 3_169_280 + 4 * 60 * 256, "semantic-FPN head": 4_137_749 + 60 * 257}
+
+
+@pytest.mark.parametrize(
+    "classes, own, total",
+    [
+        ("voc", VOC, "21,240,853 trainable of 171,464,725 (12.4 %)"),
+        ("coco", COCO, "21,317,713 trainable of 171,541,585 (12.4 %)"),
+    ],
+)
+def test_the_printed_parameter_counts_are_the_papers(repo, capsys, classes, own, total):
+    with torch.device("meta"):  # counts need no memory
+        models.main(["--config", str(repo / "configs/voc.yaml"), "clip.pretrained=none", f"classes={classes}"])
+    lines = capsys.readouterr().out.splitlines()
+    printed = {line[:24].strip(): int(line[24:].replace(",", "")) for line in lines[:-2]}
+    assert printed == SAME | own
+    assert lines[-2] == total
+    assert lines[-1].startswith("4,207,616 of the trainable ones never get a gradient")
+
+
+def test_counts_add_up_and_chained_layers_all_get_a_gradient(tiny_model):
+    counts = parameter_counts(tiny_model("matching.chained=true"))
+    assert counts["without gradient"] == 0
+    parts = [n for name, n in counts.items() if name not in ("trainable", "without gradient", "total")]
+    assert sum(parts) == counts["total"]
+
+
+# -------------------------------------------------------------------------------------------------------------- frozen
+
+
+def test_training_changes_everything_that_is_trained_and_no_bit_of_clip(tiny_model):
+    model = tiny_model("clip.drop_path=0.2")
+    before, trainable = copy.deepcopy(model.clip.state_dict()), copy.deepcopy(dict(model.named_parameters()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        trained(model, images(2, 3, 64, 64))
+        optimizer.step()
+    after = model.clip.state_dict()
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+    assert not model.clip.training and all(parameter.grad is None for parameter in model.clip.parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != trainable[name].equal(parameter), name
+
+
+def test_clip_is_neither_among_the_parameters_nor_in_the_state_dict(tiny_model):
+    model = tiny_model()
+    frozen = {parameter.data_ptr() for parameter in model.clip.parameters()}
+    assert frozen.isdisjoint(parameter.data_ptr() for parameter in model.parameters())
+    assert frozen.isdisjoint(tensor.data_ptr() for tensor in model.state_dict().values())
+    assert not any("clip" in name or "vision" in name or "text." in name for name in model.state_dict())
+
+
+def test_clip_and_names_move_and_change_type_with_the_model(tiny_model):
+    model = tiny_model().double()
+    assert all(parameter.dtype == torch.float64 for parameter in model.clip.parameters())
+    assert model.names_KL.dtype == torch.int64
+    assert model.to("meta").clip.vision.proj.is_meta and model.names_KL.is_meta
+
+
+def test_no_activation_of_the_vision_tower_is_kept_for_backward(tiny_model):
+    model = tiny_model()
+    made, kept = [], []
+    for module in model.clip.vision.modules():
+        if module is not model.clip.vision:
+            module.register_forward_hook(lambda _module, _inputs, output: made.append(output))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        trained(model, images(2, 3, 64, 64))
+    tensors = [t for output in made for t in (output if isinstance(output, tuple) else (output,)) if t is not None]
+    inside = {t.untyped_storage().data_ptr() for t in tensors}
+    inside |= {parameter.untyped_storage().data_ptr() for parameter in model.clip.vision.parameters()}
+    assert len(tensors) > 20 and len(kept) > 50
+    assert inside.isdisjoint(t.untyped_storage().data_ptr() for t in kept)
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_only_the_last_layer_of_a_branch_gets_a_gradient_unless_chained(tiny_model, chained):
+    model = trained(tiny_model(f"matching.chained={str(chained).lower()}"), images(2, 3, 64, 64))
+    for branch in (model.matching.text_branch, model.matching.visual_branch):
+        for number, layer in enumerate(branch.layers):
+            reached = [p.grad is not None and bool(p.grad.any()) for p in layer.parameters()]
+            assert all(reached) if chained or number == 2 else not any(reached)
+    others = [p for name, p in model.named_parameters() if ".layers." not in name]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in others)
+
+
+def test_the_dead_layers_have_no_effect_unless_chained(tiny_model):
+    for chained in ("false", "true"):
+        model, x_B3HW = tiny_model(f"matching.chained={chained}"), images(1, 3, 64, 64)
+        before = model(x_B3HW).scores_BKhw
+        nn.init.normal_(model.matching.text_branch.layers[0].mlp[0].weight)
+        assert before.equal(model(x_B3HW).scores_BKhw) == (chained == "false")
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+@pytest.mark.parametrize("H, W", [(64, 64), (64, 96), (32, 160)])
+def test_logits_at_a_quarter_and_scores_a_token(tiny_model, H, W):
+    model = tiny_model()
+    output = model(images(2, 3, H, W))
+    assert output.logits_BKhw.shape == (2, 4, H // 4, W // 4)
+    assert output.scores_BKhw.shape == (2, 4, H // 16, W // 16)
+    assert output.scores_BKhw.abs().max() <= 1 + 1e-5
+
+
+def test_patch_14_runs(tiny_model, save_tiny_clip, tmp_path):
+    folder = save_tiny_clip(tmp_path / "patch14", patch_size=14, image_size=56)
+    model = trained(tiny_model(f"clip.pretrained={folder}", "clip.image_size=84"), images(2, 3, 84, 56))
+    output = model.eval()(images(1, 3, 84, 56))
+    assert output.scores_BKhw.shape == (1, 4, 6, 4) and output.logits_BKhw.shape == (1, 4, 24, 16)
+    assert output.logits_BKhw.isfinite().all()
+
+
+def test_given_text_features_are_used_and_images_do_not_mix(tiny_model):
+    model, x_B3HW = tiny_model(), images(3, 3, 64, 64)
+    whole = model(x_B3HW)
+    torch.testing.assert_close(model(x_B3HW, model.encode_names()).logits_BKhw, whole.logits_BKhw)
+    torch.testing.assert_close(model(x_B3HW[1:2]).logits_BKhw, whole.logits_BKhw[1:2], rtol=1e-4, atol=1e-5)
+    assert not model(x_B3HW, model.encode_names().flip(0)).scores_BKhw.allclose(whole.scores_BKhw)
+
+
+def test_training_mode_alone_is_random(tiny_model):
+    model, x_B3HW = tiny_model("clip.drop_path=0.5"), images(4, 3, 64, 64)
+    assert model(x_B3HW).logits_BKhw.equal(model(x_B3HW).logits_BKhw)
+    model.train()
+    assert not model(x_B3HW).logits_BKhw.equal(model(x_B3HW).logits_BKhw)
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tiny_model):
+    model = trained(tiny_model("precision=bf16"), images(2, 3, 64, 64))
+    output = model.eval()(images(2, 3, 64, 64))
+    assert output.logits_BKhw.dtype == torch.bfloat16
+    assert (
+        {p.dtype for p in model.parameters()} == {torch.float32} == {p.grad.dtype for p in model.parameters() if p.requires_grad}
+    )
+    exact = tiny_model()(images(2, 3, 64, 64))
+    torch.testing.assert_close(output.scores_BKhw.float(), exact.scores_BKhw, rtol=0, atol=0.05)
+
+
+def test_auto_is_fp32_on_a_cpu(tiny_model):
+    assert tiny_model("precision=auto")(images(1, 3, 64, 64)).logits_BKhw.dtype == torch.float32
+
+
+def test_the_seed_decides_the_start(tiny_config):
+    states = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        states.append(WeakCLIP(tiny_config(), class_names(tiny_config().classes)).state_dict())
+    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+    assert not states[0]["prompts_ND"].equal(states[2]["prompts_ND"])
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize("h, w", [(4, 4), (2, 6), (5, 3)])
+def test_the_adapters_pyramid_is_at_strides_4_8_16_32(h, w):
+    pyramid = PyramidAdapter(8)([torch.randn(2, 8, h, w) for _ in range(4)])
+    assert [tuple(level.shape[2:]) for level in pyramid] == [(4 * h, 4 * w), (2 * h, 2 * w), (h, w), (h // 2, w // 2)]
+
+
+def test_scores_are_cosines_of_what_the_branches_leave_when_temperatures_are_zero():
+    matching = CoAttentionMatching(8, MatchingConfig(width=8, heads=2, temperature=0.0)).eval()
+    text_KE, global_BE, visual_BEhw = torch.randn(3, 8), torch.randn(2, 8), torch.randn(2, 8, 2, 3)
+    want = torch.cosine_similarity(text_KE[None, :, :, None, None], visual_BEhw[:, None], dim=2)
+    torch.testing.assert_close(matching(text_KE, global_BE, visual_BEhw), want)
+
+
+def test_the_class_token_gives_context_to_the_scores():
+    matching = CoAttentionMatching(8, MatchingConfig(width=8, heads=2)).eval()
+    text_KE, visual_BEhw = torch.randn(3, 8), torch.randn(1, 8, 2, 2)
+    assert not matching(text_KE, torch.randn(1, 8), visual_BEhw).equal(matching(text_KE, torch.randn(1, 8), visual_BEhw))
+
+
+def test_the_head_convolves_each_level_as_often_as_it_is_doubled():
+    assert [len(level) for level in FpnHead(8, 3, 0.1).scales] == [1, 1, 2, 3]
+
+
+def test_scores_reach_every_level_of_the_decoder_with_aligned_corners():
+    decoder = TextGuidedDecoder(2, 1, 4, 0.0).eval()
+    seen = []
+    decoder.neck.register_forward_pre_hook(lambda _module, inputs: seen.extend(inputs[0]))
+    pyramid = [torch.randn(1, 2, side, side) for side in (16, 8, 4, 2)]
+    ramp_BKhw = torch.arange(4.0).expand(1, 1, 4, 4)
+    decoder(pyramid, ramp_BKhw)
+    for level, guided in zip(pyramid, seen, strict=True):
+        assert guided[:, :2].equal(level)
+        torch.testing.assert_close(guided[0, 2, 0], torch.linspace(0, 3, level.shape[3]))
+
+
+def test_synchronised_norms_equal_plain_ones_in_a_single_process():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    synchronised = synchronise(copy.deepcopy(plain), torch.device("cpu"))
+    assert [type(synchronised[i]) for i in (1, 3)] == [CpuSyncBatchNorm2d] * 2
+    for module in (plain, synchronised):
+        for _ in range(2):
+            module(images(2, 3, 5, 5)).square().sum().backward()
+    x_B3HW = images(2, 3, 5, 5)
+    assert plain(x_B3HW).equal(synchronised(x_B3HW)) and plain.eval()(x_B3HW).equal(synchronised.eval()(x_B3HW))
+    for (name, a), b in zip(plain.state_dict().items(), synchronised.state_dict().values(), strict=True):
+        assert a.equal(b), name
+    for a, b in zip(plain.parameters(), synchronised.parameters(), strict=True):
+        assert a.grad.equal(b.grad)
