@@ -1,0 +1,39 @@
+"""The demo, much smaller than it ships: does the whole way run, and is what it says complete?"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+SMALL = ("demo.size=8", "demo.cam_steps=3", "train.steps=2", "train.batch=2", "train.validate_images=1", "data.workers=0")
+
+
+def demo(launch, run, *arguments):
+    return launch(0, "weakclip.demo", "--config", "configs/demo.yaml", f"run={run}", *SMALL, *arguments)
+
+
+def test_the_demo_scores_cams_and_weakclip_on_seen_and_unseen_images(launch, tmp_path):
+    run = tmp_path / "run"
+    done = demo(launch, run)
+    scores = json.loads((run / "scores.json").read_text())
+    assert set(scores) == {"cam", "cam_crf", "weakclip", "weakclip_crf", "unseen_weakclip", "unseen_weakclip_crf"}
+    assert all(0 < value < 100 for value in scores.values())
+    assert f"{scores['weakclip_crf']:.1f}" in done.stdout
+    assert len(list((run / "pseudo" / "weakclip").glob("*.png"))) == 8
+    assert Image.open(run / "pictures.png").width > 1000
+    again = demo(launch, run)  # finished work is kept
+    assert json.loads((run / "scores.json").read_text()) == scores
+    assert "drawing" not in again.stderr
+
+
+def test_exact_seeds_give_the_ceiling(launch, tmp_path):
+    demo(launch, tmp_path / "run", "demo.seeds=exact")
+    assert "ceiling" in json.loads((tmp_path / "run" / "scores.json").read_text())
+
+
+def test_another_world_does_not_mix_with_the_first(launch, tmp_path):
+    demo(launch, tmp_path / "run")
+    with pytest.raises(AssertionError, match="made with another demo"):
+        demo(launch, tmp_path / "run", "demo.seed=1")

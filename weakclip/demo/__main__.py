@@ -1,0 +1,26 @@
+"""python -m weakclip.demo --config configs/demo.yaml [demo.seed=1] [demo.size=800] [demo.seeds=exact run=runs/ceiling]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from weakclip import cli
+from weakclip.demo import pipeline
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m weakclip.demo", description="The whole pipeline on a synthetic world.")
+    config, _ = cli.parse_config(parser, arguments)
+    start = time.monotonic()
+    scores = pipeline.run(config)
+    print(f"\n{pipeline.table(scores)}\n")
+    print(f"scores    {config.run}/scores.json\npictures  {config.run}/pictures.png\nmasks     {config.run}/pseudo/")
+    print(f"curves    tensorboard --logdir {config.run}/tensorboard")
+    print(f"took {(time.monotonic() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])
