@@ -5,12 +5,7 @@ B images, K classes, L tokens, N prompts, D width, E joint embedding, h x w toke
 
 from __future__ import annotations
 
-import json
-import pickle
-import zipfile
 from collections.abc import Sequence
-from dataclasses import fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weakclip.config import ClipConfig, ConfigError
-from weakclip.torchvision_ops import declare_missing
-
-declare_missing()
-
-import open_clip
-from open_clip.pretrained import get_pretrained_url
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-DEMO = Path(__file__).parent / "assets" / "demo_clip"
+from weakclip.pretrained import load_clip, open_clip
 
 
 class VisionFeatures(NamedTuple):
@@ -110,7 +96,7 @@ class FrozenClip(nn.Module):
 
     def __init__(self, config: ClipConfig, prompts: int) -> None:
         super().__init__()
-        clip = _load(config)
+        clip = load_clip(config)
         patch = int(clip.visual.conv1.kernel_size[0])
         if config.image_size % patch:
             raise ConfigError(f"clip.image_size is {config.image_size}; it must be a multiple of the patch, {patch}")
@@ -155,100 +141,3 @@ def _drop_path(branch_BLD: Tensor, rate: float) -> Tensor:
         return branch_BLD
     keep_B11 = torch.empty(branch_BLD.shape[0], 1, 1, device=branch_BLD.device).bernoulli_(1 - rate)
     return branch_BLD * (keep_B11 / (1 - rate)).to(branch_BLD.dtype)
-
-
-def _load(config: ClipConfig) -> Any:
-    """An open_clip model with the weights that `config.pretrained` names."""
-    if config.pretrained == "none":
-        return _build(_architecture(config.model), "clip.model")
-    path = DEMO if config.pretrained == "demo" else Path(config.pretrained)
-    if not path.exists():
-        source = get_pretrained_url(config.model or "ViT-B-16-quickgelu", "openai")
-        raise ConfigError(
-            f"clip.pretrained: {path} does not exist; OpenAI's archive of this model is at {source or 'an open_clip release'}"
-        )
-    if path.is_dir():
-        if config.model is not None:
-            raise ConfigError(f"clip.model must be null when clip.pretrained is a directory: {path} says the architecture")
-        settings = path / "open_clip_config.json"
-        if not settings.is_file():
-            raise ConfigError(f"clip.pretrained: {path} holds no open_clip_config.json")
-        try:
-            architecture, source = json.loads(settings.read_text())["model_cfg"], f"clip.pretrained: {settings}"
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"clip.pretrained: {settings} has no model_cfg ({error!r})") from error
-        weights = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.pt")) + sorted(path.glob("*.bin"))
-        if not weights:
-            raise ConfigError(f"clip.pretrained: {path} holds no weights (*.safetensors, *.pt or *.bin)")
-        path = weights[0]
-    else:
-        architecture, source = _architecture(config.model), "clip.model"
-    model = _build(architecture, source)
-    _load_weights(model, path)
-    return model
-
-
-def _architecture(name: str | None) -> dict[str, Any]:
-    architecture = open_clip.get_model_config(name) if name else None
-    if architecture is None:
-        raise ConfigError(f"clip.model: open_clip knows no {name!r}; open_clip.list_models() lists its names")
-    return architecture
-
-
-# Where an architecture may differ from a plain CLIP. Another pooling, mask, vocabulary or tokenizer gives other features.
-_VARIES = {"layers", "width", "head_width", "heads", "mlp_ratio", "patch_size", "image_size", "context_length"}
-_VARIES |= {"ls_init_value", "patch_dropout", "act_kwargs", "norm_kwargs"}
-
-
-def _build(architecture: dict[str, Any], source: str) -> nn.Module:
-    try:
-        vision, text = open_clip.CLIPVisionCfg(**architecture["vision_cfg"]), open_clip.CLIPTextCfg(**architecture["text_cfg"])
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{source}: not an architecture of open_clip ({error!r})") from error
-    odd = [
-        item.name
-        for part in (vision, text)
-        for item in fields(part)
-        if item.name not in _VARIES and getattr(part, item.name) != getattr(type(part)(), item.name)
-    ]
-    if odd or "multimodal_cfg" in architecture or not isinstance(vision.layers, int):
-        what = f" ({', '.join(odd)})" if odd else ""
-        raise ConfigError(f"{source}: only CLIPs with a plain ViT and CLIP's own text tower are supported{what}")
-    if vision.patch_size not in (14, 16):
-        raise ConfigError(f"{source}: patch {vision.patch_size} is not supported; take a ViT with patch 14 or 16")
-    try:
-        return open_clip.CLIP(**{key: value for key, value in architecture.items() if key != "custom_text"})
-    except TypeError as error:
-        raise ConfigError(f"{source}: not an architecture of open_clip ({error})") from error
-
-
-def _load_weights(model: Any, path: Path) -> None:
-    try:
-        state = _read_weights(path)
-    except (SafetensorError, RuntimeError, ValueError, zipfile.BadZipFile, OSError) as error:
-        raise ConfigError(f"clip.pretrained: {path} cannot be read as weights: {str(error).splitlines()[0]}") from error
-    if "token_embedding.rows" in state:  # a small vocabulary keeps only the rows that occur
-        rows, ids = state.pop("token_embedding.rows"), state.pop("token_embedding.row_ids")
-        state["token_embedding.weight"] = torch.zeros_like(model.token_embedding.weight).index_copy(0, ids, rows.float())
-    for name in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's archives
-        state.pop(name, None)
-    try:
-        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"clip.pretrained: {path} does not fit clip.model: {reason[:400]}") from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError("it is no file of torch.save, or holds more than tensors and plain values") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError("it holds no state dict")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}

@@ -89,6 +89,8 @@ class CoAttentionMatching(nn.Module):
         text_BKD, visual_BMD = self.text_proj(text_BKE), self.visual_proj(context_BME)
         text_BKE = text_BKE + self.alpha * self.text_branch(text_BKD, visual_BMD)
         context_BME = context_BME + self.beta * self.visual_branch(visual_BMD, text_BKD)
-        pixels_BME = F.normalize(context_BME[:, 1:], dim=-1)  # the class token only gave context
-        scores_BKM = F.normalize(text_BKE, dim=-1) @ pixels_BME.transpose(1, 2)
+        pixels_BME = context_BME[:, 1:]  # the class token only gave context
+        # In full precision: the auxiliary loss divides by 0.07, which would make bf16's rounding of a cosine plain.
+        with torch.autocast(pixels_BME.device.type, enabled=False):
+            scores_BKM = F.normalize(text_BKE.float(), dim=-1) @ F.normalize(pixels_BME.float(), dim=-1).transpose(1, 2)
         return scores_BKM.unflatten(2, visual_BEhw.shape[2:])

@@ -1,17 +1,17 @@
 """The synthetic world is reproducible and true to its masks and captions, and the shipped CLIP knows its words."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import weakclip
+from weakclip import pretrained
+from weakclip.config import ClipConfig
 from weakclip.demo import clip, world
 from weakclip.labels import DEMO
+from weakclip.pretrained import load_clip, pack_tokens, unpack_tokens
 
-SHIPPED = Path(weakclip.__file__).parent / "assets" / "demo_clip"
+SHIPPED = pretrained.DEMO
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +70,17 @@ def test_every_word_of_the_world_is_among_the_shipped_rows(pictures):
 
 def test_packing_and_unpacking_keep_the_rows_of_a_small_vocabulary():
     ids = torch.tensor([0, 3, 9])
-    shipped = clip.pack({"token_embedding.weight": torch.eye(3), "ln_final.weight": torch.ones(3)}, ids)
-    state = clip.unpack(shipped, vocab_size=10)
+    shipped = pack_tokens({"token_embedding.weight": torch.eye(3), "ln_final.weight": torch.ones(3)}, ids)
+    state = unpack_tokens(shipped, vocabulary=10)
     assert state["token_embedding.weight"].shape == (10, 3) and state["token_embedding.weight"][ids].equal(torch.eye(3))
-    assert not state["token_embedding.weight"][4:9].any() and state["ln_final.weight"].dtype == torch.float32
+    assert not state["token_embedding.weight"][4:9].any() and state["ln_final.weight"].equal(torch.ones(3))
 
 
 def test_the_shipped_clip_is_small_and_embeds_pictures_and_names(pictures):
     assert (SHIPPED / "open_clip_model.safetensors").stat().st_size < 15e6
-    model, tokenizer = clip.load(SHIPPED), clip.open_clip.SimpleTokenizer(context_length=48)
+    model, tokenizer = load_clip(ClipConfig(None, "demo")).eval(), clip.open_clip.SimpleTokenizer(context_length=48)
     with torch.inference_mode():
-        whole, patches, blocks = clip.encode_patches(model, clip.normalise(np.stack([p.image for p in pictures[:4]])))
+        whole, patches, blocks = clip.encode_patches(model, clip.network_input(np.stack([p.image for p in pictures[:4]])))
         names = clip.encode_texts(model, tokenizer(list(DEMO)))
         assert torch.allclose(names, model.encode_text(tokenizer(list(DEMO)), normalize=True), atol=1e-4)
     assert whole.shape == (4, names.shape[1]) and patches.shape == (4, 144, names.shape[1]) and len(blocks) == 6

@@ -19,8 +19,9 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -30,16 +31,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from weakclip import cli
+from weakclip.config import ClipConfig
+from weakclip.data.transforms import MEAN, STD, to_device
 from weakclip.demo import world
 from weakclip.labels import DEMO
-from weakclip.torchvision_ops import declare_missing
-
-declare_missing()
-import open_clip  # noqa: E402
+from weakclip.metrics import Scores, confusion
+from weakclip.pretrained import load_clip, open_clip, pack_tokens
 
 # Shapes: B pictures, R regions (a picture, or one part of a mosaic), L patches, U phrases, N tokens of a text, E
 # embedding, D width, K classes, h x w the patch grid.
@@ -49,7 +51,6 @@ MODEL_CFG: dict[str, Any] = {
     "vision_cfg": {"image_size": 192, "layers": 6, "width": 128, "head_width": 64, "patch_size": 16},
     "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
 }
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # on 0..255
 TAPS = (1, 2, 3, 5)  # blocks the probe reads: the method's 3, 5, 7, 11 of twelve, scaled to six
 TRAIN_SEED, PROBE_SEED, TEST_SEED = 10**9, 2 * 10**9, 3 * 10**9  # scored demo pictures have seeds up to 10**6
 GROUND_NOUNS = (*world.GROUNDS, *world.CLUTTER)
@@ -65,45 +66,21 @@ def row_ids() -> Tensor:
     return torch.unique(tokenizer(list(world.words())))
 
 
-def pack(compact: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
-    """State dict of a CLIP whose vocabulary is `ids` -> what is shipped: fp16, token rows beside their ids."""
-    state = {name: tensor.detach().half().contiguous() for name, tensor in compact.items()}
-    state["token_embedding.rows"] = state.pop("token_embedding.weight")
-    return state | {"token_embedding.row_ids": ids}
-
-
-def unpack(shipped: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-    """The inverse of `pack`, with fp32 values and the whole vocabulary; rows that were not shipped are zero."""
-    state = {name: tensor.float() for name, tensor in shipped.items()}
-    rows, ids = state.pop("token_embedding.rows"), shipped["token_embedding.row_ids"]
-    del state["token_embedding.row_ids"]
-    state["token_embedding.weight"] = rows.new_zeros(vocab_size, rows.shape[1]).index_copy(0, ids, rows)
-    return state
-
-
 def ship(model: open_clip.CLIP, ids: Tensor, folder: Path) -> None:
     """Write open_clip's local-dir format: open_clip_config.json and open_clip_model.safetensors."""
     preprocess = {"mean": [m / 255 for m in MEAN], "std": [s / 255 for s in STD]}
     config = {"model_cfg": MODEL_CFG, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(pack(model.state_dict(), ids), folder / "open_clip_model.safetensors")
-
-
-def load(folder: Path) -> open_clip.CLIP:
-    """The CLIP that `ship` wrote to `folder`, with open_clip's whole vocabulary, in evaluation mode."""
-    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-    model = open_clip.CLIP(**config)
-    model.load_state_dict(unpack(load_file(folder / "open_clip_model.safetensors"), config["text_cfg"]["vocab_size"]))
-    return model.eval()
+    state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(pack_tokens(state, ids), folder / "open_clip_model.safetensors")
 
 
 # Both towers ----------------------------------------------------------------------------------------------------------
 
 
-def normalise(images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] -> float [B, 3, H, W] as the vision tower wants it."""
-    images_BHW3 = torch.from_numpy(images).float().sub_(torch.tensor(MEAN)).div_(torch.tensor(STD))
-    return images_BHW3.permute(0, 3, 1, 2).contiguous()
+def network_input(images: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] -> normalised float [B, 3, H, W]."""
+    return to_device(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
 
 
 def encode_patches(model: open_clip.CLIP, images_B3HW: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -274,7 +251,7 @@ class Trainer:
         return encode_texts(self.model, torch.searchsorted(self.ids, self.tokenizer(list(texts))))
 
     def loss(self, batch: Batch, rng: np.random.Generator) -> Tensor:
-        whole_BE, patches, _ = encode_patches(self.model, normalise(batch.images))
+        whole_BE, patches, _ = encode_patches(self.model, network_input(batch.images))
         regions = split_mosaics(patches) if batch.mosaic else patches
         sample = {str(phrase) for own in batch.captions for phrase in rng.choice(own[2:], 4)}
         phrases = sorted(sample | set(NOUNS))
@@ -368,7 +345,7 @@ def _encode_world(model: open_clip.CLIP, seed: int, count: int) -> tuple[Tensor,
     parts = []
     for start in range(0, count, 50):
         images = np.stack([p.image for p in pictures[start : start + 50]])
-        whole, patches, blocks = encode_patches(model, normalise(images))
+        whole, patches, blocks = encode_patches(model, network_input(images))
         parts.append((whole, patches, torch.cat([blocks[tap] for tap in TAPS], dim=2)))
     whole_BE, patches_BLE, taps_BLD = (torch.cat(part) for part in zip(*parts, strict=True))
     return whole_BE, patches_BLE, taps_BLD, torch.from_numpy(np.stack([p.mask for p in pictures])).long()
@@ -383,9 +360,7 @@ def _upsample(scores_BLK: Tensor, side: int) -> Tensor:
 
 def mean_iou(predicted: Tensor, masks: Tensor) -> float:
     """Mean IoU in percent over the K classes of labels.DEMO, background included."""
-    counts = torch.bincount(masks.flatten() * len(DEMO) + predicted.flatten(), minlength=len(DEMO) ** 2)
-    confusion = counts.reshape(len(DEMO), len(DEMO)).double()
-    return float((100 * confusion.diag() / (confusion.sum(0) + confusion.sum(1) - confusion.diag())).mean())
+    return 100 * Scores.of(confusion(masks.numpy(), predicted.numpy(), len(DEMO)), DEMO).miou
 
 
 def average_precision(scores: Tensor, true: Tensor) -> float:
@@ -434,19 +409,19 @@ def quality(model: open_clip.CLIP) -> dict[str, float]:
     return {name: round(figure, 1) for name, figure in figures.items()}
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Train and measure the synthetic world's small CLIP.")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, quality.json and training state")
     parser.add_argument("--minutes", type=float, default=30, help="wall time of the training")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    trainer = train(arguments.out, arguments.minutes, arguments.seed)
-    ship(trainer.model, trainer.ids, arguments.out)
-    figures = quality(load(arguments.out)) | {"minutes": arguments.minutes, "steps": trainer.step}
-    (arguments.out / "quality.json").write_text(json.dumps(figures, indent=2) + "\n")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    trainer = train(options.out, options.minutes, options.seed)
+    ship(trainer.model, trainer.ids, options.out)
+    figures = quality(load_clip(ClipConfig(None, str(options.out))).eval()) | {"minutes": options.minutes, "steps": trainer.step}
+    (options.out / "quality.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, sys.argv[1:])

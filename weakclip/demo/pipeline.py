@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -45,21 +46,34 @@ ROWS = {
 def run(config: Config) -> dict[str, float]:
     """Everything, into the run directory; what an interrupted run finished is not done again. Returns mIoU (%) by name."""
     folder = runs.claim(config, resume=True)
-    seen, unseen = make_shards(config, Path(config.data.train), Path(config.data.val or folder / "shards" / "unseen"))
-    torch.manual_seed(config.seed)
+    seen, unseen = make_shards(config, Path(config.data.train), folder / "shards" / "unseen")
+    _say(f"training WeakCLIP, {config.train.steps} steps")
     train(config, World.join(), resume=True)
+    _say("scoring the CAMs")
     scores = cam_scores(config, seen)
     name = "ceiling" if config.demo.seeds == "exact" else "weakclip"
-    weights = pseudo.find_weights(config, "last")
     for index, prefix in ((seen, ""), (unseen, "unseen_")):
-        for suffix, field in (("", None), ("_crf", config.pseudo.crf or CrfConfig())):
+        for suffix, field in (("", None), ("_crf", crf_settings(config))):
+            _say(f"pseudo masks: {ROWS[prefix + name + suffix]}")
             settings = replace(config, pseudo=replace(config.pseudo, crf=field))
-            masks = pseudo.run(settings, str(index.root), weights, folder / "pseudo" / f"{prefix}{name}{suffix}")
-            found = score(_samples(config, index), lambda sample, masks=masks: read_mask(masks, sample.key), index.classes)  # type: ignore[misc]
-            scores[f"{prefix}{name}{suffix}"] = 100 * found.miou
+            scores[prefix + name + suffix] = mask_score(settings, index, folder / "pseudo" / (prefix + name + suffix))
     _write(folder / "scores.json", {key: round(value, 2) for key, value in scores.items()})
     draw(config, seen, folder / "pseudo" / name).save(folder / "pictures.png")
     return scores
+
+
+def mask_score(config: Config, index: Index, out: Path) -> float:
+    """mIoU (%) of the last weights' masks of a shard set; the masks go to `out`."""
+    masks = pseudo.run(config, str(index.root), pseudo.find_weights(config, "last"), out)
+    return 100 * score(_samples(config, index), lambda sample: read_mask(masks, sample.key), index.classes).miou
+
+
+def crf_settings(config: Config) -> CrfConfig:
+    return config.pseudo.crf or CrfConfig()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def table(scores: dict[str, float]) -> str:
@@ -74,7 +88,9 @@ def make_shards(config: Config, seen: Path, unseen: Path) -> tuple[Index, Index]
     names = labels.class_names(config.classes)
     if not (seen / "index.json").is_file() or not (unseen / "index.json").is_file():
         demo = config.demo
+        _say(f"drawing {demo.size} pictures")
         drawn = [world.picture(demo.seed, index) for index in tqdm(range(demo.size), "drawing", unit="picture", disable=None)]
+        _say(f"training the network whose activations are the CAMs, {demo.cam_steps} steps")
         network = cam.train_network(*_training_set(drawn, len(names)), steps=demo.cam_steps, seed=demo.seed)
 
         def training_sample(index: int) -> Sample:
@@ -126,7 +142,7 @@ def cam_scores(config: Config, index: Index) -> dict[str, float]:
 
     def refined(sample: DecodedSample) -> np.ndarray:
         probs_nHW = cam_to_probabilities(cam_maps(sample), threshold)
-        return np.array([0, *sample.cam.classes], np.uint8)[crf.refine(probs_nHW, sample.image, config.pseudo.crf or CrfConfig())]  # type: ignore[union-attr]
+        return np.array([0, *sample.cam.classes], np.uint8)[crf.refine(probs_nHW, sample.image, crf_settings(config))]  # type: ignore[union-attr]
 
     return {"cam": 100 * scores.miou, "cam_crf": 100 * score(_samples(config, index), refined, index.classes).miou}
 
