@@ -15,6 +15,8 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from weakclip.files import write_whole
+
 
 class ConfigError(ValueError):
     """A setting is unknown, of another type or out of range; the message names the key and the cure."""
@@ -291,7 +293,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def save(config: Config, path: Path) -> None:
     """Write the resolved config as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def _merge(base: Any, read: Any, source: str) -> Any:

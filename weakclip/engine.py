@@ -31,6 +31,7 @@ from weakclip.batchnorm import synchronise
 from weakclip.config import Config, ConfigError, OptimConfig
 from weakclip.data.stream import Batch
 from weakclip.data.transforms import to_device
+from weakclip.files import write_whole
 from weakclip.losses import weakclip_losses
 from weakclip.model import WeakCLIP
 
@@ -157,7 +158,7 @@ class Engine:
             (folder / partial / "ranks.json").write_text(json.dumps(self._layout()))
             shutil.rmtree(folder / f"step-{self.step}", ignore_errors=True)
             os.replace(folder / partial, folder / f"step-{self.step}")
-            for old in checkpoints(run)[: -self.config.train.keep_checkpoints]:
+            for old in [*checkpoints(run)[: -self.config.train.keep_checkpoints], *folder.glob("*.partial")]:
                 shutil.rmtree(old)
             save_weights(self.plain, run / "weights" / "last.safetensors", self.step)
         dist.barrier()
@@ -213,9 +214,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def save_weights(model: WeakCLIP, path: Path, step: int) -> None:
-    """The trainable part as safetensors, under a temporary name first."""
+    """The trainable part as safetensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    partial.write_bytes(safetensors.torch.save(state, metadata={"format": "pt", "step": str(step)}))
-    os.replace(partial, path)
+    write_whole(path, safetensors.torch.save(state, metadata={"format": "pt", "step": str(step)}))

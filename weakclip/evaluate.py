@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from weakclip import cli, labels
 from weakclip.config import Config
 from weakclip.data.shard import DecodedSample
 from weakclip.data.stream import StoredSamples, cam_maps, open_index, seed_mask, select_shards
+from weakclip.files import write_whole
 from weakclip.metrics import Scores, confusion
 from weakclip.seeds import cam_to_seed
 
@@ -96,9 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     scores = run(config, options.what, options.data or config.data.train, options.shards, masks)
     out = Path(options.out or Path(config.run) / f"scores-{options.what}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(json.dumps(scores.as_dict(), indent=1) + "\n")
-    os.replace(partial, out)
+    write_whole(out, json.dumps(scores.as_dict(), indent=1) + "\n")
     print(scores.table())
     print(f"written: {out}")
 

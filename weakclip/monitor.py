@@ -21,6 +21,7 @@ from tqdm import tqdm
 from weakclip.config import Config, ConfigError
 from weakclip.data.stream import Batch, too_many_bad
 from weakclip.engine import Engine
+from weakclip.files import write_whole
 
 
 class Monitor:
@@ -95,10 +96,12 @@ class Monitor:
         """A picture in TensorBoard. Rank 0 only."""
         self._board.add_image(name, np.asarray(picture), self.engine.step, dataformats="HWC")
 
-    def pause(self) -> None:
-        """What happened since the last step (a validation, a checkpoint) doesn't count into the rate."""
-        if not self._losses:
-            self._since, self._waited = time.perf_counter(), 0.0
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Around what is no step (a validation, a checkpoint): it doesn't count into the rate."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
     def close(self) -> None:
         if self.leader:
@@ -127,7 +130,7 @@ def _memory_gib(device: torch.device) -> float:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """A resumed run takes back what the interrupted one wrote after its last checkpoint."""
+    """A resumed run takes back what the interrupted one wrote after its last checkpoint, down to half a line."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        lines = path.read_text().splitlines(keepends=True)
+        write_whole(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))

@@ -6,8 +6,8 @@ python -m weakclip.pseudo --config configs/voc.yaml [--weights best] [--data DIR
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -24,6 +24,7 @@ from weakclip import cli, crf, infer, labels
 from weakclip.config import Config, ConfigError
 from weakclip.data.shard import DecodedSample, sha256
 from weakclip.data.stream import StoredSamples, open_index, select_shards
+from weakclip.files import write_whole
 from weakclip.model import WeakCLIP
 
 
@@ -73,12 +74,12 @@ def write_masks(model: WeakCLIP, config: Config, samples: Iterable[DecodedSample
 
 
 def save_mask(mask_HW: np.ndarray, path: Path) -> None:
-    """An 8-bit palette PNG, under a temporary name first."""
+    """An 8-bit palette PNG."""
     picture = Image.fromarray(mask_HW)
     picture.putpalette(labels.palette())
-    partial = path.with_name(path.name + ".partial")
-    picture.save(partial, "PNG")
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())
 
 
 def claim(out: Path, config: Config, weights: Path) -> None:
@@ -94,7 +95,7 @@ def claim(out: Path, config: Config, weights: Path) -> None:
     elif out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} holds files that are no pseudo masks; give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(about, indent=1) + "\n")
+    write_whole(note, json.dumps(about, indent=1) + "\n")
 
 
 def run(config: Config, data: str, weights: Path, out: Path, shards: str | None = None) -> Path:

@@ -25,7 +25,8 @@ def claim(config: Config, resume: bool) -> Path:
     if run.exists() and not run.is_dir():
         raise ConfigError(f"run: {run} is a file")
     written = run / "config.yaml"
-    if run.is_dir() and any(run.iterdir()):
+    # Seeds and CAMs may be scored before there is a run.
+    if run.is_dir() and any(not path.name.startswith("scores-") for path in run.iterdir()):
         if not written.is_file():
             raise ConfigError(f"run: {run} holds files that are no run's; set run to another directory")
         if not resume:

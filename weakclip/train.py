@@ -44,11 +44,11 @@ def train(config: Config, world: World, resume: bool = False) -> Path:
             micro_batches = list(islice(batches, config.train.accumulate))
         monitor.step(micro_batches, engine.train_step(micro_batches))
         last = engine.step == config.train.steps
-        if last or engine.step % config.train.validate_every == 0:
-            validate(engine, monitor, config, run, index, validation)
-        if last or engine.step % config.train.checkpoint_every == 0:
-            engine.save(run)
-        monitor.pause()
+        with monitor.pausing():
+            if last or engine.step % config.train.validate_every == 0:
+                validate(engine, monitor, config, run, index, validation)
+            if last or engine.step % config.train.checkpoint_every == 0:
+                engine.save(run)
     monitor.close()
     return run
 

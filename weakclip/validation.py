@@ -15,6 +15,7 @@ from weakclip.config import Config, PseudoConfig
 from weakclip.data.shard import Index, ShardError
 from weakclip.data.stream import StoredSamples, cam_maps, load, seed_mask
 from weakclip.engine import Engine, World, save_weights
+from weakclip.files import write_whole
 from weakclip.metrics import Scores, confusion
 from weakclip.model import WeakCLIP
 from weakclip.monitor import Monitor
@@ -37,7 +38,7 @@ def validate(engine: Engine, monitor: Monitor, config: Config, run: Path, index:
     better = 100 * scores.miou > previous["miou"] or previous["step"] > engine.step
     if better:
         save_weights(model, run / "weights" / "best.safetensors", engine.step)
-        best.write_text(json.dumps({"step": engine.step, "miou": 100 * scores.miou}) + "\n")
+        write_whole(best, json.dumps({"step": engine.step, "miou": 100 * scores.miou}) + "\n")
     monitor.say(f"validation mIoU {100 * scores.miou:.2f} %{', the best so far' if better else ''}")
 
 

@@ -78,6 +78,8 @@ def test_a_killed_run_goes_on_exactly(train, tiny_recipe, shards, tmp_path):
     subprocess.run(["pkill", "-KILL", "-g", str(process.pid)], check=False)
     process.wait()
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # as if it had been killed while it wrote
     train(2, killed, *options, "--resume", "auto")
     assert metrics(killed) == metrics(tmp_path / "whole")
     ours, theirs = (load_file(tmp_path / name / "weights" / "last.safetensors") for name in ("killed", "whole"))

@@ -42,6 +42,12 @@ def test_files_of_something_else_are_left_alone(tiny_config, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
+def test_scores_of_seeds_may_come_before_the_run(tiny_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/scores-seeds.json").touch()
+    assert claim(tiny_config(), resume=False) == tmp_path / "run"
+
+
 def test_a_file_is_no_run(tiny_config, tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(ConfigError, match="run: .*run is a file"):

@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from weakclip.files import write_whole
 from weakclip.labels import IGNORE
 
 FORMAT = 1
@@ -128,15 +129,13 @@ class Index:
                 raise ShardError(f"{file}: shard is {state}; copy it again, or build the set again")
 
     def save(self) -> None:
-        """Write index.json into `root`, under a temporary name first, so that a reader never sees half of it."""
+        """Write index.json into `root`."""
         shards = []
         for shard in self.shards:
             rows = [[entry.key, entry.offset, entry.length] for entry in shard.samples]
             shards.append({"name": shard.name, "bytes": shard.bytes, "sha256": shard.sha256, "samples": rows})
         text = json.dumps({"format": FORMAT, "classes": self.classes, "shards": shards}, separators=(",", ":"))
-        temporary = self.root / (INDEX + ".tmp")
-        temporary.write_text(text + "\n")
-        os.replace(temporary, self.root / INDEX)
+        write_whole(self.root / INDEX, text + "\n")
 
     @property
     def entries(self) -> tuple[Entry, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -23,6 +22,7 @@ from weakclip.data.stream import StoredSamples, cam_maps, open_index, seed_mask
 from weakclip.demo import cam, world
 from weakclip.engine import World
 from weakclip.evaluate import best_cam_threshold, read_mask, score, truth
+from weakclip.files import write_whole
 from weakclip.seeds import cam_to_probabilities
 from weakclip.train import train
 
@@ -57,7 +57,8 @@ def run(config: Config) -> dict[str, float]:
             _say(f"pseudo masks: {ROWS[prefix + name + suffix]}")
             settings = replace(config, pseudo=replace(config.pseudo, crf=field))
             scores[prefix + name + suffix] = mask_score(settings, index, folder / "pseudo" / (prefix + name + suffix))
-    _write(folder / "scores.json", {key: round(value, 2) for key, value in scores.items()})
+    rounded = {name: round(value, 2) for name, value in scores.items()}
+    write_whole(folder / "scores.json", json.dumps(rounded, indent=1) + "\n")
     draw(config, seen, folder / "pseudo" / name).save(folder / "pictures.png")
     return scores
 
@@ -155,9 +156,3 @@ def draw(config: Config, index: Index, masks: Path, count: int = 12) -> Image.Im
         found = [sample.image, pictures.heat(sample.image, cam_maps(sample)), *map(pictures.colour_mask, coloured)]
         rows.append(pictures.Row(sample.key, sample.classes, found))
     return pictures.sheet(rows, index.classes, ("image", "CAM", "seed (white: ignored)", "WeakCLIP", "exact mask"))
-
-
-def _write(path: Path, values: dict[str, float]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(partial, path)
