@@ -90,6 +90,8 @@ def test_what_a_run_leaves_behind(train, shards, tmp_path):
     run = tmp_path / "run"
     train(2, run, f"data.val={shards.root}", "train.steps=4", "train.validate_every=2", "train.checkpoint_every=1")
     assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == ["step-3", "step-4"]
+    trained = sum(tensor.size for tensor in load_file(run / "weights" / "last.safetensors").values())
+    assert sum(path.stat().st_size for path in (run / "checkpoints" / "step-4").iterdir()) < 4 * 4 * trained  # no frozen tower
     best = json.loads((run / "best.json").read_text())
     assert best["miou"] == max(metrics(run, "validation/miou").values())
     assert best["step"] in (2, 4)
