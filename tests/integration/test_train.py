@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -69,13 +70,13 @@ def test_a_killed_run_goes_on_exactly(train, tiny_recipe, shards, tmp_path):
     train(2, tmp_path / "whole", *options)
     killed = tmp_path / "killed"
     arguments = ("--config", tiny_recipe, f"run={killed}", f"data.train={shards.root}", *EVERY_STEP, *options)
-    process = subprocess.Popen(
-        command(2, "weakclip.train", *arguments), env=ENVIRONMENT, cwd=REPO, start_new_session=True, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command(2, "weakclip.train", *arguments), env=ENVIRONMENT, cwd=REPO, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not (killed / "checkpoints" / "step-3").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
-    subprocess.run(["pkill", "-KILL", "-g", str(process.pid)], check=False)
+    parent = psutil.Process(process.pid)
+    for member in [parent, *parent.children(recursive=True)]:
+        member.kill()
     process.wait()
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     with (killed / "metrics.jsonl").open("a") as file:
