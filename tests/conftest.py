@@ -32,8 +32,8 @@ data: {{scale: [128, 64], workers: 0, shuffle_window: 2}}
 augment: {{crop: 64}}
 clip: {{model: null, pretrained: {clip}, image_size: 64, drop_path: 0.0}}
 matching: {{width: 16, heads: 2}}
-decoder: {{channels: 24}}
-loss: {{grid: 16}}
+decoder: {{fpn_channels: 24, head_channels: 24}}
+loss: {{grid: [16, 16]}}
 train: {{steps: 20, batch: 2, deepspeed: {repo}/configs/deepspeed/zero0.json}}
 pseudo: {{scales: [1.0], window: 64, stride: 42}}
 """
@@ -98,6 +98,32 @@ def save_tiny_clip(make_tiny_clip) -> Callable[..., Path]:
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session")
+def openai_archive() -> Callable[..., None]:
+    """`write(clip, path)`: TorchScript of fp16 weights under the state dict's names, with three numbers beside them."""
+    import torch
+
+    def write(clip: Any, path: Path) -> None:
+        def tree(entries: dict[str, Any]) -> torch.nn.Module:
+            module, below = torch.nn.Module(), {}
+            for name, tensor in entries.items():
+                head, _, rest = name.partition(".")
+                if rest:
+                    below.setdefault(head, {})[rest] = tensor
+                else:
+                    module.register_buffer(head, tensor)
+            for head, inner in below.items():
+                module.add_module(head, tree(inner))
+            return module
+
+        state = {name: tensor.half() for name, tensor in clip.state_dict().items()}
+        numbers = {"input_resolution": 64, "context_length": 16, "vocab_size": 49408}
+        root = tree(state | {name: torch.tensor(value) for name, value in numbers.items()})
+        torch.jit.script(root).save(str(path))
+
+    return write
 
 
 @pytest.fixture(scope="session")

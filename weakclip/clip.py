@@ -24,31 +24,30 @@ class VisionFeatures(NamedTuple):
 
 
 class VisionTower(nn.Module):
-    """A CLIP ViT that is tapped at four depths. It runs without a graph, so nothing of it is kept for backward."""
+    """A CLIP ViT that is tapped at four depths. None of its parameters needs a gradient, so nothing is kept for backward."""
 
-    def __init__(self, visual: Any, image_size: int, drop_path: float) -> None:
+    def __init__(self, visual: Any, config: ClipConfig) -> None:
         super().__init__()
         self.patch = int(visual.conv1.kernel_size[0])
         self.width = int(visual.conv1.out_channels)
         self.conv1, self.ln_pre, self.ln_post = visual.conv1, visual.ln_pre, visual.ln_post
         self.class_embedding: nn.Parameter = visual.class_embedding
         self.proj: nn.Parameter = visual.proj
-        self.grid = image_size // self.patch
-        self.positional_embedding = nn.Parameter(_resize_positions(visual.positional_embedding, self.grid, self.grid))
+        self.grid = config.image_size // self.patch
+        self.positional_embedding = nn.Parameter(_resize_positions(visual.positional_embedding.detach(), self.grid, self.grid))
         self.blocks = visual.transformer.resblocks
         depth = len(self.blocks)
-        # Blocks 3, 5, 7 and 11 of 12; the same fractions of another depth.
-        self.taps = tuple(round(depth * part) - 1 for part in (1 / 3, 1 / 2, 2 / 3, 1))
-        self.drop_paths = tuple(drop_path * index / max(depth - 1, 1) for index in range(depth))
+        self.taps = tuple(config.taps or (round(depth * part) - 1 for part in (1 / 3, 1 / 2, 2 / 3, 1)))
+        if not all(0 <= tap < depth for tap in self.taps):
+            raise ConfigError(f"clip.taps is {list(self.taps)}, but this vision tower has blocks 0..{depth - 1}")
+        self.drop_paths = tuple(config.drop_path * index / max(depth - 1, 1) for index in range(depth))
 
-    @torch.no_grad()
     def forward(self, images_B3HW: Tensor, drop_path: bool = False) -> VisionFeatures:
         """Features of normalised images whose sides are multiples of the patch. `drop_path`: stochastic depth is active."""
         patches_BDhw = self.conv1(images_B3HW)
         B, D, h, w = patches_BDhw.shape
         positions_LD = _resize_positions(self.positional_embedding, h, w)
-        # Published: the class token is the class embedding twice, plus its position.
-        cls_B1D = (2 * self.class_embedding + positions_LD[0]).to(patches_BDhw.dtype).expand(B, 1, D)
+        cls_B1D = (self.class_embedding + positions_LD[0]).to(patches_BDhw.dtype).expand(B, 1, D)
         x_BLD = torch.cat([cls_B1D, patches_BDhw.flatten(2).transpose(1, 2) + positions_LD[1:]], dim=1)
         x_BLD = self.ln_pre(x_BLD)
         taps = []
@@ -100,9 +99,13 @@ class FrozenClip(nn.Module):
         patch = int(clip.visual.conv1.kernel_size[0])
         if config.image_size % patch:
             raise ConfigError(f"clip.image_size is {config.image_size}; it must be a multiple of the patch, {patch}")
-        self.vision = VisionTower(clip.visual, config.image_size, config.drop_path)
+        self.vision = VisionTower(clip.visual, config)
         self.text = TextTower(clip, config.name_tokens + prompts)
         self.embedding = int(self.vision.proj.shape[1])
+        vision_cfg = {**clip.architecture["vision_cfg"], "image_size": config.image_size}
+        text_cfg = {**clip.architecture["text_cfg"], "context_length": len(self.text.positional_embedding)}
+        self.architecture = {**clip.architecture, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+        """open_clip's model_cfg of these towers, their position embeddings as large as they are here."""
         self.requires_grad_(False).eval()
 
 
@@ -125,10 +128,10 @@ def _resize_positions(embedding_LD: Tensor, h: int, w: int) -> Tensor:
     """Position embedding for an h x w grid, by bilinear interpolation; row 0 (class token) stays."""
     side = round((embedding_LD.shape[0] - 1) ** 0.5)
     if (h, w) == (side, side):
-        return embedding_LD.detach()
+        return embedding_LD
     grid_1Dhw = embedding_LD[1:].T.reshape(1, -1, side, side)
     grid_1Dhw = F.interpolate(grid_1Dhw, size=(h, w), mode="bilinear")
-    return torch.cat([embedding_LD[:1], grid_1Dhw.flatten(2)[0].T]).detach()
+    return torch.cat([embedding_LD[:1], grid_1Dhw.flatten(2)[0].T])
 
 
 def _to_map(tokens_BLD: Tensor, h: int, w: int) -> Tensor:

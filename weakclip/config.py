@@ -93,10 +93,18 @@ class ClipConfig:
     name_tokens: int = 5
     """Length a tokenised class name is padded to, start and end token included."""
     drop_path: float = 0.1
-    """Stochastic depth of the last frozen block during training (linear from 0 in the first)."""
+    """Stochastic depth of the last frozen block during training (linear from 0 in the first), as published; 0: none."""
+    double_class_embedding: bool = True
+    """Add the class embedding twice to the class token, as published; false: CLIP as it was trained."""
+    normalisation: str = "imagenet"
+    """Mean and deviation that images are normalised with: imagenet, as published, or clip (what OpenAI's was trained on)."""
+    taps: list[int] | None = None
+    """The four blocks, from 0, that feed the pyramid; null: 3, 5, 7, 11 of twelve, the same fractions of other depths."""
 
     def __post_init__(self) -> None:
         _require(self.name_tokens >= 3, "clip.name_tokens must be 3 or more: start, name, end")
+        _require(self.normalisation in ("imagenet", "clip"), "clip.normalisation must be imagenet or clip")
+        _require(self.taps is None or len(self.taps) == 4, "clip.taps must be four block numbers")
         _require(0 <= self.drop_path < 1, "clip.drop_path must lie in 0..1")
 
 
@@ -110,6 +118,13 @@ class PromptConfig:
 
 
 @dataclass
+class AdapterConfig:
+    train: bool = True
+    """False: the pyramid adapter keeps its random start but for BatchNorm's statistics, as in the released recipe, whose learning
+    rate of 0 for the backbone falls on the adapter as well. The paper trains it."""
+
+
+@dataclass
 class MatchingConfig:
     width: int = 256
     layers: int = 3
@@ -120,6 +135,8 @@ class MatchingConfig:
     chained: bool = False
     """Feed each layer the one before. False is the published behaviour: every layer reads the branch's input, only the last
     one's output is used, and the others never get a gradient."""
+    extra_names: list[str] = field(default_factory=list)
+    """Names that are matched beside the classes and guide the decoder, but are never predicted."""
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, "matching.width must be a multiple of matching.heads")
@@ -128,23 +145,36 @@ class MatchingConfig:
 
 @dataclass
 class DecoderConfig:
-    channels: int = 256
-    """Channels of the FPN and of the head."""
+    fpn_channels: int = 256
+    head_channels: int = 256
     dropout: float = 0.1
+    align_corners: bool = True
+    """How the score map is resized to the pyramid's levels: corner pixels onto corner pixels, as published."""
 
 
 @dataclass
 class LossConfig:
-    grid: int = 64
-    """Side of the square grid on which the seeding and the boundary loss are computed."""
+    grid: list[int] = field(default_factory=lambda: [64, 64])
+    """Height and width of the grid on which the seeding and the boundary loss are computed."""
+    align_corners: bool | None = None
+    """How logits are resized to the grid; null: as published, corners onto corners exactly when both sides are odd."""
     balance: bool = True
     """Average foreground and background apart, image by image, as the published code does; false: the paper's plain mean."""
     boundary: bool = True
     """Use the boundary loss."""
+    ratio_clamp: list[float] | None = field(default_factory=lambda: [0.05, 20.0])
+    """Bounds of psi / p in the boundary loss, as published (no gradient outside); null: the paper's plain divergence."""
+    truncate_image: bool = True
+    """Cut the image that the boundary loss' CRF sees to 8 bit, as published; false: round it."""
     auxiliary: float = 0.4
     """Weight of the cross-entropy of the score map; 0 turns it off."""
     tau: float = 0.07
     """Temperature that divides the score map in the auxiliary loss."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.grid) == 2 and min(self.grid) >= 2, "loss.grid must be [height, width], each 2 or more")
+        clamp = self.ratio_clamp
+        _require(clamp is None or (len(clamp) == 2 and 0 < clamp[0] < clamp[1]), "loss.ratio_clamp must be [low, high] > 0")
 
 
 @dataclass
@@ -259,6 +289,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)

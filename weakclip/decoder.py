@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weakclip.config import DecoderConfig
+
 
 def resize(x_BCHW: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
     return F.interpolate(x_BCHW, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
-def _conv_norm_relu(channels: int) -> nn.Sequential:
-    conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+def _conv_norm_relu(in_channels: int, channels: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
@@ -36,10 +38,11 @@ class Fpn(nn.Module):
 class FpnHead(nn.Module):
     """Level i: max(1, i) times [conv, norm, ReLU, then x2 upsampling unless i is 0]; summed at the finest level."""
 
-    def __init__(self, channels: int, num_classes: int, dropout: float, levels: int = 4) -> None:
+    def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float, levels: int = 4) -> None:
         super().__init__()
         self.scales = nn.ModuleList(
-            nn.ModuleList(_conv_norm_relu(channels) for _ in range(max(1, level))) for level in range(levels)
+            nn.ModuleList(_conv_norm_relu(channels if i else in_channels, channels) for i in range(max(1, level)))
+            for level in range(levels)
         )
         self.dropout = nn.Dropout2d(dropout)
         self.classify = nn.Conv2d(channels, num_classes, kernel_size=1)
@@ -58,15 +61,17 @@ class FpnHead(nn.Module):
 class TextGuidedDecoder(nn.Module):
     """Paper, section 3.4; released code: FPN neck and FPNHead on features with the score map concatenated."""
 
-    def __init__(self, width: int, num_classes: int, channels: int, dropout: float) -> None:
+    def __init__(self, width: int, num_names: int, num_classes: int, config: DecoderConfig) -> None:
+        """`num_names`: channels of the score map; `num_classes`: of the logits."""
         super().__init__()
-        self.neck = Fpn(width + num_classes, channels)
-        self.head = FpnHead(channels, num_classes, dropout)
+        self.align_corners = config.align_corners
+        self.neck = Fpn(width + num_names, config.fpn_channels)
+        self.head = FpnHead(config.fpn_channels, config.head_channels, num_classes, config.dropout)
 
     def forward(self, pyramid: Sequence[Tensor], scores_BKhw: Tensor) -> Tensor:
         """Logits at the finest level's resolution, B x K x 4h x 4w."""
         guided = [
-            torch.cat([level_BDHW, resize(scores_BKhw, level_BDHW.shape[2:], align_corners=True)], dim=1)
+            torch.cat([level_BDHW, resize(scores_BKhw, level_BDHW.shape[2:], self.align_corners)], dim=1)
             for level_BDHW in pyramid
         ]
         return self.head(self.neck(guided))

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,11 +26,11 @@ if not torch.cuda.is_available():
 
 import deepspeed
 
+from weakclip import weights
 from weakclip.batchnorm import synchronise
 from weakclip.config import Config, ConfigError, OptimConfig
 from weakclip.data.stream import Batch
-from weakclip.data.transforms import to_device
-from weakclip.files import write_whole
+from weakclip.data.transforms import distort
 from weakclip.losses import weakclip_losses
 from weakclip.model import WeakCLIP
 
@@ -115,10 +114,13 @@ class Engine:
         self._engine.train()
         sums: dict[str, Tensor] = {}
         for batch in batches:
-            images_B3HW = to_device(batch.images.to(self.world.device), batch.photometric.to(self.world.device))
+            distorted_B3HW = distort(batch.images.to(self.world.device), batch.photometric.to(self.world.device))
+            images_B3HW = self.plain.normalisation.apply(distorted_B3HW)
             output = self._engine(images_B3HW)
             seeds_BHW = batch.seeds.to(self.world.device)
-            losses = weakclip_losses(output.logits_BKhw, output.scores_BKhw, seeds_BHW, images_B3HW, self.config.loss)
+            losses = weakclip_losses(
+                output.logits_BKhw, output.scores_BKhw, seeds_BHW, images_B3HW, self.config.loss, self.plain.normalisation
+            )
             losses["total"] = torch.stack(list(losses.values())).sum()
             self._engine.backward(losses["total"])
             self._note_gradient_norm()
@@ -160,7 +162,7 @@ class Engine:
             os.replace(folder / partial, folder / f"step-{self.step}")
             for old in [*checkpoints(run)[: -self.config.train.keep_checkpoints], *folder.glob("*.partial")]:
                 shutil.rmtree(old)
-            save_weights(self.plain, run / "weights" / "last.safetensors", self.step)
+            weights.save(self.plain, run / "weights" / "last.safetensors", self.step)
         dist.barrier()
 
     def resume(self, run: Path) -> bool:
@@ -211,10 +213,3 @@ def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def save_weights(model: WeakCLIP, path: Path, step: int) -> None:
-    """The trainable part as safetensors."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    write_whole(path, safetensors.torch.save(state, metadata={"format": "pt", "step": str(step)}))

@@ -24,17 +24,25 @@ def predict(
     image_HW3: uint8 RGB. scale: `data.scale`. text_KE: `model.encode_names()`, where it is at hand.
     (Released code: aug_test; each pass is windows -> logits at the image's size -> softmax -> mirrored back.)
     """
-    text_KE = model.encode_names() if text_KE is None else text_KE
+    H, W = image_HW3.shape[:2]
+    sizes = [transforms.scaled_size(H, W, scale, factor) for factor in config.scales]
+    return average(model, image_HW3, sizes, config, model.encode_names() if text_KE is None else text_KE)
+
+
+def average(
+    model: WeakCLIP, image_HW3: np.ndarray, sizes: Sequence[tuple[int, int]], config: PseudoConfig, text_KE: Tensor
+) -> Tensor:
+    """Mean probabilities, float32 K x H x W, over the image resized to `sizes` (H, W), and over their mirror images."""
     H, W = image_HW3.shape[:2]
     total_KHW = torch.zeros((), device=text_KE.device)
-    for factor in config.scales:
-        scaled_HW3 = transforms.resize_image(image_HW3, transforms.scaled_size(H, W, scale, factor))
-        x_3HW = transforms.normalise(torch.from_numpy(scaled_HW3).to(text_KE.device).permute(2, 0, 1).float())
+    for size in sizes:
+        scaled_HW3 = transforms.resize_image(image_HW3, size)
+        x_3HW = model.normalisation.apply(torch.from_numpy(scaled_HW3).to(text_KE.device).permute(2, 0, 1).float())
         for mirror in (False, True) if config.flip else (False,):
             logits_1KHW = slide(model, x_3HW.flip(2) if mirror else x_3HW, config, text_KE)[None]
             probs_KHW = resize(logits_1KHW, (H, W)).softmax(1)[0]
             total_KHW = total_KHW + (probs_KHW.flip(2) if mirror else probs_KHW)
-    return total_KHW / (len(config.scales) * (2 if config.flip else 1))
+    return total_KHW / (len(sizes) * (2 if config.flip else 1))
 
 
 def slide(model: WeakCLIP, x_3HW: Tensor, config: PseudoConfig, text_KE: Tensor) -> Tensor:
@@ -42,7 +50,7 @@ def slide(model: WeakCLIP, x_3HW: Tensor, config: PseudoConfig, text_KE: Tensor)
     H, W = x_3HW.shape[1:]
     windows = [(y, x) for y in starts(H, config.window, config.stride) for x in starts(W, config.window, config.stride)]
     h, w = min(config.window, H), min(config.window, W)
-    sum_KHW, count_HW = x_3HW.new_zeros(text_KE.shape[0], H, W), x_3HW.new_zeros(H, W)
+    sum_KHW, count_HW = x_3HW.new_zeros(model.num_classes, H, W), x_3HW.new_zeros(H, W)
     for first in range(0, len(windows), config.window_batch):
         part = windows[first : first + config.window_batch]
         logits_BKhw = window_logits(model, torch.stack([x_3HW[:, y : y + h, x : x + w] for y, x in part]), text_KE)

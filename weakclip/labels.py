@@ -32,7 +32,18 @@ _COCO_THINGS = (
     (90, "toothbrush"),
 )  # fmt: skip
 
+# What the gaps were meant for. No annotation uses them, but the released COCO models know them as classes of their own.
+_COCO_GAPS = (
+    (12, "street sign"), (26, "hat"), (29, "shoe"), (30, "eye glasses"), (45, "plate"), (66, "mirror"), (68, "window"),
+    (69, "desk"), (71, "door"), (83, "blender"),
+)  # fmt: skip
+
 COCO = ("background", *(name for _, name in _COCO_THINGS))
+
+COCO_GAP_NAMES = tuple(name for _, name in _COCO_GAPS)
+
+COCO_RAW_IDS = (0, *(raw for raw, _ in _COCO_THINGS), *(raw for raw, _ in _COCO_GAPS))
+"""Raw id (0..90) of each of COCO's 81 classes, then of the ten gaps: where they stand in a 91-way head."""
 
 COCO_ID_TO_CLASS = {raw: index for index, (raw, _) in enumerate(_COCO_THINGS, start=1)}
 """COCO category id (1..90, with gaps) -> class index (1..80)."""

@@ -84,13 +84,17 @@ class CoAttentionMatching(nn.Module):
 
     def forward(self, text_KE: Tensor, global_BE: Tensor, visual_BEhw: Tensor) -> Tensor:
         """Score map lambda, B x K x h x w: cosine of every pixel with every class, in -1..1."""
+        text_BKE, pixels_BLE = self.attend(text_KE, global_BE, visual_BEhw)
+        # In full precision: the auxiliary loss divides by 0.07, which would make bf16's rounding of a cosine plain.
+        with torch.autocast(pixels_BLE.device.type, enabled=False):
+            scores_BKL = F.normalize(text_BKE.float(), dim=-1) @ F.normalize(pixels_BLE.float(), dim=-1).transpose(1, 2)
+        return scores_BKL.unflatten(2, visual_BEhw.shape[2:])
+
+    def attend(self, text_KE: Tensor, global_BE: Tensor, visual_BEhw: Tensor) -> tuple[Tensor, Tensor]:
+        """Texts t*, B x K x E, and pixels f*, B x hw x E, after they have looked at each other."""
         context_BME = torch.cat([global_BE.unsqueeze(1), visual_BEhw.flatten(2).transpose(1, 2)], dim=1)
         text_BKE = text_KE.to(context_BME.dtype).expand(context_BME.shape[0], -1, -1)
         text_BKD, visual_BMD = self.text_proj(text_BKE), self.visual_proj(context_BME)
         text_BKE = text_BKE + self.alpha * self.text_branch(text_BKD, visual_BMD)
         context_BME = context_BME + self.beta * self.visual_branch(visual_BMD, text_BKD)
-        pixels_BME = context_BME[:, 1:]  # the class token only gave context
-        # In full precision: the auxiliary loss divides by 0.07, which would make bf16's rounding of a cosine plain.
-        with torch.autocast(pixels_BME.device.type, enabled=False):
-            scores_BKM = F.normalize(text_BKE.float(), dim=-1) @ F.normalize(pixels_BME.float(), dim=-1).transpose(1, 2)
-        return scores_BKM.unflatten(2, visual_BEhw.shape[2:])
+        return text_BKE, context_BME[:, 1:]  # the class token only gave context

@@ -17,6 +17,7 @@ from weakclip import cli, labels
 from weakclip.adapter import PyramidAdapter
 from weakclip.clip import FrozenClip, tokenize
 from weakclip.config import Config
+from weakclip.data.transforms import NORMALISATIONS
 from weakclip.decoder import TextGuidedDecoder
 from weakclip.matching import CoAttentionMatching
 
@@ -25,7 +26,7 @@ class Output(NamedTuple):
     logits_BKhw: Tensor
     """At a quarter of the image's side (patch 16)."""
     scores_BKhw: Tensor
-    """Score map, one value a token and class, in -1..1."""
+    """Score map, one value a token and class, in -1..1. (Of classes alone: `matching.extra_names` have none here.)"""
 
 
 class WeakCLIP(nn.Module):
@@ -39,13 +40,15 @@ class WeakCLIP(nn.Module):
         super().__init__()
         clip = FrozenClip(config.clip, config.prompts.length)
         self._frozen = (clip,)
-        self.names_KL = tokenize(class_names, config.clip.name_tokens)
+        names = [*class_names, *config.matching.extra_names]
+        self.names_KL = tokenize(names, config.clip.name_tokens)
         self.precision = config.precision
-        K = len(class_names)
+        self.normalisation = NORMALISATIONS[config.clip.normalisation]
+        self.num_classes = len(class_names)
         self.prompts_ND = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.prompts.length, clip.text.width)))
-        self.adapter = PyramidAdapter(clip.vision.width)
+        self.adapter = PyramidAdapter(clip.vision.width).requires_grad_(config.adapter.train)
         self.matching = CoAttentionMatching(clip.embedding, config.matching)
-        self.decoder = TextGuidedDecoder(clip.vision.width, K, config.decoder.channels, config.decoder.dropout)
+        self.decoder = TextGuidedDecoder(clip.vision.width, len(names), self.num_classes, config.decoder)
 
     @property
     def clip(self) -> FrozenClip:
@@ -57,7 +60,7 @@ class WeakCLIP(nn.Module):
         return super()._apply(fn, recurse)
 
     def encode_names(self) -> Tensor:
-        """Class embeddings, K x E; the same for every image, so inference computes them once."""
+        """Embeddings of classes and extra names, K x E; the same for every image, so inference computes them once."""
         with self.autocast(self.names_KL.device):
             return self.clip.text(self.names_KL, self.prompts_ND)
 
@@ -68,7 +71,8 @@ class WeakCLIP(nn.Module):
             features = self.clip.vision(images_B3HW, drop_path=self.training)
             text_KE = self.encode_names() if text_KE is None else text_KE
             scores_BKhw = self.matching(text_KE, features.global_BE, features.visual_BEhw)
-            return Output(self.decoder(self.adapter(features.taps), scores_BKhw), scores_BKhw)
+            logits_BKhw = self.decoder(self.adapter(features.taps), scores_BKhw)
+            return Output(logits_BKhw, scores_BKhw[:, : self.num_classes])
 
     def autocast(self, device: torch.device) -> torch.autocast:
         bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type != "cpu")
@@ -109,7 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     share = 100 * counts["trainable"] / counts["total"]
     print(f"{counts['trainable']:,} trainable of {counts['total']:,} ({share:.1f} %)")
     if counts["without gradient"]:
-        print(f"{counts['without gradient']:,} of the trainable ones never get a gradient (matching.chained: false)")
+        print(f"{counts['without gradient']:,} of the trainable ones never get a gradient (matching.chained, adapter.train)")
 
 
 if __name__ == "__main__":

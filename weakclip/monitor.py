@@ -22,6 +22,7 @@ from weakclip.config import Config, ConfigError
 from weakclip.data.stream import Batch, too_many_bad
 from weakclip.engine import Engine
 from weakclip.files import write_whole
+from weakclip.model import parameter_counts
 
 
 class Monitor:
@@ -39,6 +40,9 @@ class Monitor:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=engine.step + 1)
             self._lines = run / "metrics.jsonl"
             _drop_lines_after(self._lines, engine.step)
+            if not self._lines.exists() or not self._lines.stat().st_size:  # a resumed run's lines begin with them already
+                counts = parameter_counts(engine.plain)
+                self.write({f"parameters/{name}": counts[name] for name in ("trainable", "total")})
             terminal = sys.stderr.isatty()
             self._bar = tqdm(total=config.train.steps, initial=engine.step, unit="step", disable=not terminal, smoothing=0.1)
 

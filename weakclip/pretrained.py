@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from weakclip import archives, fit
 from weakclip.config import ClipConfig, ConfigError
 from weakclip.torchvision_ops import declare_missing
 
@@ -25,39 +22,85 @@ from open_clip.pretrained import get_pretrained_url
 
 DEMO = Path(__file__).parent / "assets" / "demo_clip"
 
+SETTINGS = "open_clip_config.json"
+"""The file that says the architecture in a directory of open_clip's layout."""
+
+# Metadata of a converted file (weakclip.convert): open_clip's model_cfg as JSON, and "doubled" where the class embedding is.
+ARCHITECTURE, CLASS_EMBEDDING = "model_cfg", "class_embedding"
+
 
 def load_clip(config: ClipConfig) -> Any:
-    """The open_clip.CLIP that `config.model` and `config.pretrained` name.
+    """The open_clip.CLIP that `config.model` and `config.pretrained` name; its `architecture` is open_clip's model_cfg.
 
+    With `double_class_embedding` its class embedding is twice CLIP's, so that a plain ViT gives the published features. (The
+    released code adds the embedding once more. Doubling it is exact and can be undone; adding it to the class token's position
+    embedding, the other way to fold it, rounds.)
     Raises ConfigError when a file is missing or unreadable, doesn't fit the architecture, or is no plain ViT CLIP.
     """
     if config.pretrained == "none":
-        return _build(_architecture(config.model), "clip.model")
+        model, doubled = _build(_architecture(config.model), "clip.model"), False
+    else:
+        model, doubled = _load(config)
+    model.visual.class_embedding.data *= (2 if config.double_class_embedding else 1) / (2 if doubled else 1)
+    return model
+
+
+def _load(config: ClipConfig) -> tuple[Any, bool]:
+    """The CLIP with its weights, and whether its class embedding is doubled already."""
     path = DEMO if config.pretrained == "demo" else Path(config.pretrained)
     if not path.exists():
         source = get_pretrained_url(config.model or "ViT-B-16-quickgelu", "openai")
         raise ConfigError(
             f"clip.pretrained: {path} does not exist; OpenAI's archive of this model is at {source or 'an open_clip release'}"
         )
-    if path.is_dir():
-        if config.model is not None:
-            raise ConfigError(f"clip.model must be null when clip.pretrained is a directory: {path} says the architecture")
-        settings = path / "open_clip_config.json"
-        if not settings.is_file():
-            raise ConfigError(f"clip.pretrained: {path} holds no open_clip_config.json")
-        try:
-            architecture, source = json.loads(settings.read_text())["model_cfg"], f"clip.pretrained: {settings}"
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"clip.pretrained: {settings} has no model_cfg ({error!r})") from error
-        weights = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.pt")) + sorted(path.glob("*.bin"))
-        if not weights:
-            raise ConfigError(f"clip.pretrained: {path} holds no weights (*.safetensors, *.pt or *.bin)")
-        path = weights[0]
-    else:
-        architecture, source = _architecture(config.model), "clip.model"
+    weights, architecture = _in_directory(path) if path.is_dir() else (path, None)
+    try:
+        tensors, meta = archive = archives.read(weights)
+        architecture = archives.json_of(archive, ARCHITECTURE, weights) or architecture
+    except archives.ArchiveError as error:
+        raise ConfigError(f"clip.pretrained: {error}") from error
+    if "backbone.class_embedding" in tensors:
+        raise ConfigError(
+            f"clip.pretrained: {path} is a released WeakCLIP; first python -m weakclip.convert {path} OUT.safetensors"
+        )
+    if architecture is not None and config.model is not None:
+        raise ConfigError(f"clip.model must be null when clip.pretrained is {path}, which says its own architecture")
+    state = {name.removeprefix("clip."): tensor for name, tensor in tensors.items() if name.startswith("clip.")} or tensors
+    architecture = _as_large_as(state, architecture or _architecture(config.model))
+    source = "clip.model" if config.model else f"clip.pretrained: {path / SETTINGS if path.is_dir() else path}"
     model = _build(architecture, source)
-    _load_weights(model, path)
-    return model
+    state = unpack_tokens(state, model.token_embedding.num_embeddings)
+    state = {"logit_scale": model.logit_scale, **state}  # plays no part here, and released WeakCLIPs have none
+    for name in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's archives
+        state.pop(name, None)
+    fit.load_into(model, state, f"clip.pretrained: {path}", "set clip.model to the architecture of these weights")
+    return model, meta.get(CLASS_EMBEDDING) == "doubled"
+
+
+def _in_directory(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The weights in a directory of open_clip's layout, and their architecture."""
+    settings = folder / SETTINGS
+    if not settings.is_file():
+        raise ConfigError(f"clip.pretrained: {folder} holds no {SETTINGS}")
+    try:
+        architecture = json.loads(settings.read_text())["model_cfg"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"clip.pretrained: {settings} has no model_cfg ({error!r})") from error
+    weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.bin"))
+    if not weights:
+        raise ConfigError(f"clip.pretrained: {folder} holds no weights (*.safetensors, *.pt or *.bin)")
+    return weights[0], architecture
+
+
+def _as_large_as(state: Mapping[str, Tensor], architecture: dict[str, Any]) -> dict[str, Any]:
+    """The architecture with the image size and text length of the position embeddings at hand; others count as they are."""
+    changes: dict[str, dict[str, int]] = {}
+    if (positions_LD := state.get("visual.positional_embedding")) is not None and positions_LD.ndim == 2:
+        patch = state["visual.conv1.weight"].shape[-1] if "visual.conv1.weight" in state else 16
+        changes["vision_cfg"] = {"image_size": patch * math.isqrt(max(len(positions_LD) - 1, 1))}
+    if (positions_LD := state.get("positional_embedding")) is not None and positions_LD.ndim == 2:
+        changes["text_cfg"] = {"context_length": len(positions_LD)}
+    return {key: value | changes.get(key, {}) if isinstance(value, dict) else value for key, value in architecture.items()}
 
 
 def _architecture(name: str | None) -> dict[str, Any]:
@@ -88,40 +131,13 @@ def _build(architecture: dict[str, Any], source: str) -> Any:
         raise ConfigError(f"{source}: only CLIPs with a plain ViT and CLIP's own text tower are supported{what}")
     if vision.patch_size not in (14, 16):
         raise ConfigError(f"{source}: patch {vision.patch_size} is not supported; take a ViT with patch 14 or 16")
+    architecture = {key: value for key, value in architecture.items() if key != "custom_text"}
     try:
-        return open_clip.CLIP(**{key: value for key, value in architecture.items() if key != "custom_text"})
+        model = open_clip.CLIP(**architecture)
     except TypeError as error:
         raise ConfigError(f"{source}: not an architecture of open_clip ({error})") from error
-
-
-def _load_weights(model: Any, path: Path) -> None:
-    try:
-        state = _read_weights(path)
-    except (SafetensorError, RuntimeError, ValueError, zipfile.BadZipFile, OSError) as error:
-        raise ConfigError(f"clip.pretrained: {path} cannot be read as weights: {str(error).splitlines()[0]}") from error
-    state = unpack_tokens(state, model.token_embedding.num_embeddings)
-    for name in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's archives
-        state.pop(name, None)
-    try:
-        model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"clip.pretrained: {path} does not fit clip.model: {reason[:400]}") from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError("it is no file of torch.save, or holds more than tensors and plain values") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError("it holds no state dict")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    model.architecture = architecture
+    return model
 
 
 def pack_tokens(state: Mapping[str, Tensor], row_ids: Tensor) -> dict[str, Tensor]:

@@ -16,41 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from weakclip import cli, crf, infer, labels
+from weakclip import weights as stored
 from weakclip.config import Config, ConfigError
 from weakclip.data.shard import DecodedSample, sha256
 from weakclip.data.stream import StoredSamples, open_index, select_shards
 from weakclip.files import write_whole
 from weakclip.model import WeakCLIP
-
-
-def find_weights(config: Config, choice: str) -> Path:
-    """The file that `choice` means: "best" or "last" of the run ("best" falls back to "last" without validation), or a path.
-
-    Raises ConfigError when it does not exist.
-    """
-    folder = Path(config.run) / "weights"
-    names = {"best": ("best.safetensors", "last.safetensors"), "last": ("last.safetensors",)}.get(choice)
-    candidates = [folder / name for name in names] if names else [Path(choice)]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise ConfigError(f"--weights {choice}: {candidates[-1]} does not exist; train first, or set run to the run that did")
-
-
-def load_model(config: Config, weights: Path) -> WeakCLIP:
-    """The config's model with trained weights, in evaluation mode, on the GPU if there is one."""
-    model = WeakCLIP(config, labels.class_names(config.classes))
-    try:
-        model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ConfigError(f"{weights}: not the weights of this config's model: {reason}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def pseudo_mask(model: WeakCLIP, sample: DecodedSample, config: Config, text_KE: torch.Tensor) -> np.ndarray:
@@ -104,7 +78,7 @@ def run(config: Config, data: str, weights: Path, out: Path, shards: str | None 
     entries = select_shards(index, shards)
     claim(out, config, weights)
     missing = [entry for entry in entries if not (out / f"{entry.key}.png").exists()]
-    model = load_model(config, weights)
+    model = stored.load_model(config, weights)
     write_masks(model, config, StoredSamples(index, missing, config.data.workers), out)
     return out
 
@@ -116,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--shards", metavar="N|A:B", help="only these shards of it")
     parser.add_argument("--out", metavar="DIR", help="where the masks go (default: RUN/pseudo)")
     config, options = cli.parse_config(parser, arguments)
-    weights = find_weights(config, options.weights)
+    weights = stored.find(config, options.weights)
     out = Path(options.out or Path(config.run) / "pseudo")
     print(f"masks: {run(config, options.data or config.data.train, weights, out, options.shards)}")
 

@@ -13,7 +13,7 @@ from weakclip import config as configs
 from weakclip.config import Config, ConfigError
 
 # What a resumed run must share with the one it goes on with: the model, the data and their order.
-_FIXED = ("seed", "classes", "seeds", "augment", "clip", "prompts", "matching", "decoder", "loss", "demo")
+_FIXED = ("seed", "classes", "seeds", "augment", "clip", "prompts", "adapter", "matching", "decoder", "loss", "demo")
 
 
 def claim(config: Config, resume: bool) -> Path:
@@ -25,8 +25,8 @@ def claim(config: Config, resume: bool) -> Path:
     if run.exists() and not run.is_dir():
         raise ConfigError(f"run: {run} is a file")
     written = run / "config.yaml"
-    # Seeds and CAMs may be scored before there is a run.
-    if run.is_dir() and any(not path.name.startswith("scores-") for path in run.iterdir()):
+    # Seeds and CAMs may be scored, and sweeps begun, before there is a run.
+    if run.is_dir() and any(path.name != "sweeps" and not path.name.startswith("scores-") for path in run.iterdir()):
         if not written.is_file():
             raise ConfigError(f"run: {run} holds files that are no run's; set run to another directory")
         if not resume:

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from weakclip import infer, pictures
+from weakclip import infer, pictures, weights
 from weakclip.config import Config, PseudoConfig
 from weakclip.data.shard import Index, ShardError
 from weakclip.data.stream import StoredSamples, cam_maps, load, seed_mask
-from weakclip.engine import Engine, World, save_weights
+from weakclip.engine import Engine, World
 from weakclip.files import write_whole
 from weakclip.metrics import Scores, confusion
 from weakclip.model import WeakCLIP
@@ -37,7 +37,7 @@ def validate(engine: Engine, monitor: Monitor, config: Config, run: Path, index:
     previous = json.loads(best.read_text()) if best.is_file() else {"miou": -1.0, "step": 0}
     better = 100 * scores.miou > previous["miou"] or previous["step"] > engine.step
     if better:
-        save_weights(model, run / "weights" / "best.safetensors", engine.step)
+        weights.save(model, run / "weights" / "best.safetensors", engine.step)
         write_whole(best, json.dumps({"step": engine.step, "miou": 100 * scores.miou}) + "\n")
     monitor.say(f"validation mIoU {100 * scores.miou:.2f} %{', the best so far' if better else ''}")
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weakclip.config import PseudoConfig
-from weakclip.data.transforms import normalise
+from weakclip.data.transforms import IMAGENET
 from weakclip.infer import predict, slide, starts, window_logits
 from weakclip.model import Output
 
@@ -30,6 +30,8 @@ class MeanOfWindow:
     """Logits that are everywhere the mean of the window's first channel (class 0) and the number of images (class 1)."""
 
     clip = SimpleNamespace(vision=SimpleNamespace(patch=16))
+    normalisation = IMAGENET
+    num_classes = 2
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -119,7 +121,7 @@ def test_probabilities_are_averaged_over_scales_and_mirror_images():
 def test_one_pass_is_the_softmax_of_logits_at_the_images_size():
     image_HW3 = picture(64, 64)
     probs_2HW = predict(MeanOfWindow(), image_HW3, settings(), SCALE)
-    mean = normalise(torch.from_numpy(image_HW3).permute(2, 0, 1).float())[0].mean()
+    mean = IMAGENET.apply(torch.from_numpy(image_HW3).permute(2, 0, 1).float())[0].mean()
     want_2 = torch.stack([mean, torch.tensor(1.0)]).softmax(0)
     torch.testing.assert_close(probs_2HW, want_2[:, None, None].expand(2, 64, 64))
 

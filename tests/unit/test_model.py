@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from weakclip import model as models
 from weakclip.adapter import PyramidAdapter
 from weakclip.batchnorm import CpuSyncBatchNorm2d, synchronise
-from weakclip.config import MatchingConfig
+from weakclip.config import DecoderConfig, MatchingConfig
 from weakclip.decoder import FpnHead, TextGuidedDecoder
 from weakclip.labels import class_names
 from weakclip.matching import CoAttentionMatching
@@ -84,6 +85,33 @@ def test_training_changes_everything_that_is_trained_and_no_bit_of_clip(tiny_mod
     assert not model.clip.training and all(parameter.grad is None for parameter in model.clip.parameters())
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad != trainable[name].equal(parameter), name
+
+
+def test_an_adapter_that_is_not_trained_keeps_its_start_but_for_batch_norm(tiny_model):
+    model = tiny_model("adapter.train=false")
+    before = copy.deepcopy(model.adapter.state_dict())
+    trained(model, images(2, 3, 64, 64))
+    assert all(parameter.grad is None for parameter in model.adapter.parameters())
+    moved = {name for name, tensor in model.adapter.state_dict().items() if not tensor.equal(before[name])}
+    assert moved == {"level1.2.running_mean", "level1.2.running_var", "level1.2.num_batches_tracked"}
+    assert all(parameter.grad is not None for parameter in model.decoder.parameters())
+
+
+def test_extra_names_are_matched_and_guide_the_decoder_but_are_not_predicted(tiny_model):
+    model = tiny_model("matching.extra_names=[street sign, hat]")
+    output = model(images(2, 3, 64, 64))
+    assert output.logits_BKhw.shape[1] == output.scores_BKhw.shape[1] == 4
+    assert model.encode_names().shape[0] == 6 and model.decoder.neck.laterals[0].in_channels == 64 + 6
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_the_score_map_is_resized_as_the_config_says(align):
+    decoder = TextGuidedDecoder(2, 1, 1, DecoderConfig(4, 4, 0.0, align_corners=align)).eval()
+    seen = []
+    decoder.neck.laterals[0].register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0][:, 2:]))
+    pyramid, scores = [images(1, 2, 16 // 2**i, 16 // 2**i) for i in range(4)], images(1, 1, 4, 4)
+    decoder(pyramid, scores)
+    torch.testing.assert_close(seen[0], F.interpolate(scores, size=(16, 16), mode="bilinear", align_corners=align))
 
 
 def test_clip_is_neither_among_the_parameters_nor_in_the_state_dict(tiny_model):
@@ -217,11 +245,11 @@ def test_the_class_token_gives_context_to_the_scores():
 
 
 def test_the_head_convolves_each_level_as_often_as_it_is_doubled():
-    assert [len(level) for level in FpnHead(8, 3, 0.1).scales] == [1, 1, 2, 3]
+    assert [len(level) for level in FpnHead(8, 8, 3, 0.1).scales] == [1, 1, 2, 3]
 
 
 def test_scores_reach_every_level_of_the_decoder_with_aligned_corners():
-    decoder = TextGuidedDecoder(2, 1, 4, 0.0).eval()
+    decoder = TextGuidedDecoder(2, 1, 1, DecoderConfig(4, 4, 0.0)).eval()
     seen = []
     decoder.neck.register_forward_pre_hook(lambda _module, inputs: seen.extend(inputs[0]))
     pyramid = [torch.randn(1, 2, side, side) for side in (16, 8, 4, 2)]

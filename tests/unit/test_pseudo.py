@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from weakclip import infer, labels, pseudo
+from weakclip import weights as stored
+from weakclip.archives import ArchiveError
 from weakclip.config import ConfigError, save
 from weakclip.data.shard import ShardError
 from weakclip.data.stream import StoredSamples
-from weakclip.engine import save_weights
 
 NO_CRF = "pseudo.crf=null"
 
@@ -24,7 +25,7 @@ NO_CRF = "pseudo.crf=null"
 def weights(tiny_model, tmp_path):
     """The run's last.safetensors."""
     path = tmp_path / "run/weights/last.safetensors"
-    save_weights(tiny_model(), path, step=3)
+    stored.save(tiny_model(), path, step=3)
     return path
 
 
@@ -42,10 +43,10 @@ def masks(folder) -> dict[str, bytes]:
 
 def test_best_falls_back_to_last_and_a_path_is_itself(tiny_config, weights):
     config, best = tiny_config(), weights.with_name("best.safetensors")
-    assert pseudo.find_weights(config, "best") == pseudo.find_weights(config, "last") == weights
+    assert stored.find(config, "best") == stored.find(config, "last") == weights
     best.touch()
-    assert pseudo.find_weights(config, "best") == best and pseudo.find_weights(config, "last") == weights
-    assert pseudo.find_weights(config, str(best)) == best
+    assert stored.find(config, "best") == best and stored.find(config, "last") == weights
+    assert stored.find(config, str(best)) == best
 
 
 @pytest.mark.parametrize(
@@ -53,11 +54,11 @@ def test_best_falls_back_to_last_and_a_path_is_itself(tiny_config, weights):
 )
 def test_missing_weights_name_the_file(tiny_config, choice, named):
     with pytest.raises(ConfigError, match=f"--weights {choice}: .*{named} does not exist; train first, or set run"):
-        pseudo.find_weights(tiny_config(), choice)
+        stored.find(tiny_config(), choice)
 
 
 def test_saved_weights_load_into_the_same_model(tiny_config, tiny_model, weights):
-    model, x_B3HW = pseudo.load_model(tiny_config(), weights), torch.randn(1, 3, 64, 64)
+    model, x_B3HW = stored.load_model(tiny_config(), weights), torch.randn(1, 3, 64, 64)
     assert not model.training and not weights.with_name("last.safetensors.partial").exists()
     assert model.cpu()(x_B3HW).logits_BKhw.equal(tiny_model()(x_B3HW).logits_BKhw)
 
@@ -68,20 +69,38 @@ def test_saved_weights_hold_the_trainable_part_alone(tiny_model, weights):
     assert weights.stat().st_size < 1.2 * sum(t.numel() * t.element_size() for t in state.values()) + 20_000
 
 
-@pytest.mark.parametrize("override", ["decoder.channels=8", "classes=voc", "prompts.length=4"])
-def test_weights_of_another_model_are_refused(tiny_config, weights, override):
-    with pytest.raises(ConfigError, match="last.safetensors: not the weights of this config's model: .*size mismatch") as caught:
-        pseudo.load_model(tiny_config(override), weights)
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (
+            "decoder.head_channels=8",
+            r"does not fit; 36 of another shape: .* is \[24, 24, 3, 3\], not \[8, 24, 3, 3\], .* and 26 more; take",
+        ),
+        ("classes=voc", r"made for 4 classes \(K\), but the config has 21; set classes as in its run"),
+        ("prompts.length=4", r"does not fit; 1 of another shape: prompts_ND is \[8, 32\], not \[4, 32\]; take the config"),
+        ("matching.layers=2", r"does not fit; 40 unknown: matching.text_branch.layers.2.* and 30 more; take"),
+        ("matching.layers=4", r"does not fit; 40 missing: matching.text_branch.layers.3.* and 30 more; take"),
+        (
+            "clip={model: ViT-B-16-quickgelu, pretrained: none}",
+            r"made for 64 channels of the vision tower, but the config has 768",
+        ),
+    ],
+)
+def test_weights_of_another_model_are_refused(tiny_config, weights, override, message):
+    with pytest.raises(ConfigError, match=f"last.safetensors: {message}") as caught:
+        stored.load_model(tiny_config(override), weights)
     assert "\n" not in str(caught.value)
 
 
 def test_damaged_and_foreign_weights_are_refused(tiny_config, weights):
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(ConfigError, match="not the weights of this config's model"):
-        pseudo.load_model(tiny_config(), weights)
+    with pytest.raises(ArchiveError, match="last.safetensors: cannot be read as weights .*; was it fetched whole?"):
+        stored.load_model(tiny_config(), weights)
     save_file({"something": torch.zeros(1)}, weights)
-    with pytest.raises(ConfigError, match="not the weights of this config's model: .*Missing"):
-        pseudo.load_model(tiny_config(), weights)
+    with pytest.raises(
+        ConfigError, match="last.safetensors: does not fit; .* missing: prompts_ND, .*; 1 unknown: something; take the config"
+    ):
+        stored.load_model(tiny_config(), weights)
 
 
 # -------------------------------------------------------------------------------------------------------- masks' folder
@@ -106,7 +125,7 @@ def test_masks_of_other_options_are_refused(tiny_config, weights, tmp_path, over
 
 def test_masks_of_other_weights_are_refused(tiny_config, tiny_model, weights, tmp_path):
     pseudo.claim(tmp_path / "out", tiny_config(), weights)
-    save_weights(tiny_model(), weights, step=4)
+    stored.save(tiny_model(), weights, step=4)
     with pytest.raises(ConfigError, match="other weights or options"):
         pseudo.claim(tmp_path / "out", tiny_config(), weights)
 

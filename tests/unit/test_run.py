@@ -48,6 +48,13 @@ def test_scores_of_seeds_may_come_before_the_run(tiny_config, tmp_path):
     assert claim(tiny_config(), resume=False) == tmp_path / "run"
 
 
+def test_sweeps_may_begin_before_the_run_they_belong_to(tiny_config, tmp_path):
+    claim(tiny_config(f"run={tmp_path / 'run/sweeps/prompts/2'}"), resume=False)
+    assert claim(tiny_config(), resume=False) == tmp_path / "run"
+    with pytest.raises(ConfigError, match="already holds a run"):
+        claim(tiny_config(), resume=False)
+
+
 def test_a_file_is_no_run(tiny_config, tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(ConfigError, match="run: .*run is a file"):
@@ -64,7 +71,7 @@ def test_a_file_is_no_run(tiny_config, tmp_path):
         ("clip.drop_path=0.2", "clip"),
         ("prompts.length=4", "prompts"),
         ("matching.chained=true", "matching"),
-        ("decoder.channels=8", "decoder"),
+        ("decoder.head_channels=8", "decoder"),
         ("loss.balance=false", "loss"),
         ("data.train=elsewhere", "data.train"),
     ],

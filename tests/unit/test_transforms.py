@@ -9,7 +9,8 @@ import torch
 
 from weakclip.config import AugmentConfig
 from weakclip.data.plan import generator
-from weakclip.data.transforms import augment, draw_photometric, normalise, scaled_size, to_device
+from weakclip.data.transforms import IMAGENET, NORMALISATIONS, augment, distort, draw_photometric, scaled_size
+from weakclip.pretrained import open_clip
 
 
 def coordinates(H: int, W: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,9 +137,17 @@ def test_normalisation_uses_imagenets_mean_and_deviation():
     x_B3HW = torch.tensor([123.675, 116.28, 103.53]).view(1, 3, 1, 1) + torch.tensor([58.395, -57.12, 2 * 57.375]).view(
         1, 3, 1, 1
     )
-    torch.testing.assert_close(normalise(x_B3HW).flatten(), torch.tensor([1.0, -1.0, 2.0]))
-    images_B3HW = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
-    assert to_device(images_B3HW).flatten().tolist() == pytest.approx([-2.117904, -2.035714, -1.804444], abs=1e-5)
+    torch.testing.assert_close(IMAGENET.apply(x_B3HW).flatten(), torch.tensor([1.0, -1.0, 2.0]))
+    zeros_B3HW = torch.zeros(1, 3, 1, 1)
+    assert IMAGENET.apply(zeros_B3HW).flatten().tolist() == pytest.approx([-2.117904, -2.035714, -1.804444], abs=1e-5)
+
+
+def test_clips_own_normalisation_is_open_clips():
+    clip = NORMALISATIONS["clip"]
+    assert [value / 255 for value in clip.mean] == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
+    assert [value / 255 for value in clip.std] == pytest.approx(open_clip.OPENAI_DATASET_STD)
+    x_B3HW = torch.rand(2, 3, 4, 4) * 255
+    torch.testing.assert_close(clip.undo(clip.apply(x_B3HW)), x_B3HW)
 
 
 def reference(rgb_HW3: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -155,9 +164,8 @@ def reference(rgb_HW3: np.ndarray, draws: np.ndarray) -> np.ndarray:
 
 
 def distorted(rgb_BHW3: np.ndarray, draws_B5: np.ndarray) -> np.ndarray:
-    x_B3HW = to_device(torch.from_numpy(rgb_BHW3).permute(0, 3, 1, 2), torch.from_numpy(draws_B5))
-    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
-    return (x_B3HW.permute(0, 2, 3, 1) * std + mean).numpy()
+    x_B3HW = distort(torch.from_numpy(rgb_BHW3).permute(0, 3, 1, 2), torch.from_numpy(draws_B5))
+    return x_B3HW.permute(0, 2, 3, 1).numpy()
 
 
 DRAWS = np.array(

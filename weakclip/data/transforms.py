@@ -6,6 +6,7 @@ Geometry runs in the loader on 8-bit arrays, photometric distortion on the devic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -15,9 +16,27 @@ from torch import Tensor
 from weakclip.config import AugmentConfig
 from weakclip.labels import IGNORE
 
-# ImageNet's statistics on 0..255, not CLIP's: published.
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
+
+class Normalisation(NamedTuple):
+    """Mean and deviation of R, G, B on 0..255."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def apply(self, x_B3HW: Tensor) -> Tensor:
+        mean, std = (x_B3HW.new_tensor(values).view(3, 1, 1) for values in self)
+        return (x_B3HW - mean) / std
+
+    def undo(self, x_B3HW: Tensor) -> Tensor:
+        mean, std = (x_B3HW.new_tensor(values).view(3, 1, 1) for values in self)
+        return x_B3HW * std + mean
+
+
+IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+NORMALISATIONS = {
+    "imagenet": IMAGENET,
+    "clip": Normalisation((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),
+}
 
 cv2.setNumThreads(0)  # a loader process has one core
 
@@ -79,24 +98,14 @@ def draw_photometric(rng: np.random.Generator) -> np.ndarray:
     )
 
 
-def to_device(images_B3HW: Tensor, photometric_B5: Tensor | None = None) -> Tensor:
-    """8-bit images -> distorted (where draws are given) and normalised float images."""
-    x_B3HW = images_B3HW.float()
-    if photometric_B5 is not None:
-        x_B3HW = _distort(x_B3HW, photometric_B5)
-    return normalise(x_B3HW)
+def distort(images_B3HW: Tensor, draws_B5: Tensor) -> Tensor:
+    """8-bit images -> float images in 0..255.
 
-
-def normalise(x_B3HW: Tensor) -> Tensor:
-    mean, std = (x_B3HW.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (x_B3HW - mean) / std
-
-
-def _distort(x_B3HW: Tensor, draws_B5: Tensor) -> Tensor:
-    """Brightness, contrast, saturation, hue, with contrast before or after the last two (mmseg's PhotoMetricDistortion)."""
+    Brightness, contrast, saturation, hue, with contrast before or after the last two (mmseg's PhotoMetricDistortion).
+    """
     brightness, contrast, saturation, hue, last = draws_B5[:, :, None, None, None].unbind(1)
     contrast, saturation = contrast.where(contrast != 0, 1.0), saturation.where(saturation != 0, 1.0)
-    x_B3HW = (x_B3HW + brightness).clamp(0, 255)
+    x_B3HW = (images_B3HW.float() + brightness).clamp(0, 255)
     x_B3HW = (x_B3HW * contrast.where(last == 0, 1.0)).clamp(0, 255)
     x_B3HW = _shift_hue_and_saturation(x_B3HW, saturation, hue)
     return (x_B3HW * contrast.where(last == 1, 1.0)).clamp(0, 255)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from weakclip.data.shard import Cam
-from weakclip.data.transforms import normalise, resize_image
+from weakclip.data.transforms import IMAGENET, resize_image
 
 
 class CamNetwork(nn.Module):
@@ -59,14 +59,14 @@ def _augment(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     side = images_B3HW.shape[-1]
     crop = int(side * (0.8 + 0.2 * torch.rand((), generator=generator).item()))
     top, left = (int(torch.randint(side - crop + 1, (), generator=generator)) for _ in range(2))
-    x_B3hw = normalise(images_B3HW[..., top : top + crop, left : left + crop].float())
+    x_B3hw = IMAGENET.apply(images_B3HW[..., top : top + crop, left : left + crop].float())
     return x_B3hw.flip(3) if torch.rand((), generator=generator) < 0.5 else x_B3hw
 
 
 @torch.inference_mode()
 def activation_maps(network: CamNetwork, image_3HW: Tensor, classes: Sequence[int]) -> Cam:
     """Maps of the classes present (indices 1..K-1), each divided by its maximum, at a quarter of the image's side."""
-    x_13HW = normalise(image_3HW[None].float())
+    x_13HW = IMAGENET.apply(image_3HW[None].float())
     maps_Khw = (network(x_13HW) + network(x_13HW.flip(3)).flip(3))[0].relu()
     quarter = image_3HW.shape[1] // 4, image_3HW.shape[2] // 4
     maps = []

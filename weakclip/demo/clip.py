@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from weakclip import cli
 from weakclip.config import ClipConfig
-from weakclip.data.transforms import MEAN, STD, to_device
+from weakclip.data.transforms import IMAGENET
 from weakclip.demo import world
 from weakclip.labels import DEMO
 from weakclip.metrics import Scores, confusion
@@ -68,7 +68,7 @@ def row_ids() -> Tensor:
 
 def ship(model: open_clip.CLIP, ids: Tensor, folder: Path) -> None:
     """Write open_clip's local-dir format: open_clip_config.json and open_clip_model.safetensors."""
-    preprocess = {"mean": [m / 255 for m in MEAN], "std": [s / 255 for s in STD]}
+    preprocess = {"mean": [m / 255 for m in IMAGENET.mean], "std": [s / 255 for s in IMAGENET.std]}
     config = {"model_cfg": MODEL_CFG, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
@@ -80,7 +80,7 @@ def ship(model: open_clip.CLIP, ids: Tensor, folder: Path) -> None:
 
 def network_input(images: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] -> normalised float [B, 3, H, W]."""
-    return to_device(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+    return IMAGENET.apply(torch.from_numpy(images).permute(0, 3, 1, 2).float())
 
 
 def encode_patches(model: open_clip.CLIP, images_B3HW: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -418,7 +418,11 @@ def main(arguments: Sequence[str]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     trainer = train(options.out, options.minutes, options.seed)
     ship(trainer.model, trainer.ids, options.out)
-    figures = quality(load_clip(ClipConfig(None, str(options.out))).eval()) | {"minutes": options.minutes, "steps": trainer.step}
+    trained = load_clip(ClipConfig(None, str(options.out), double_class_embedding=False)).eval()
+    figures = quality(trained) | {
+        "minutes": options.minutes,
+        "steps": trainer.step,
+    }
     (options.out / "quality.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures))
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from weakclip import crf, labels, pictures, pseudo
+from weakclip import crf, labels, pictures, pseudo, weights
 from weakclip import run as runs
 from weakclip.config import Config, CrfConfig
 from weakclip.data.shard import DecodedSample, Index, Sample, build_shards
@@ -65,7 +65,7 @@ def run(config: Config) -> dict[str, float]:
 
 def mask_score(config: Config, index: Index, out: Path) -> float:
     """mIoU (%) of the last weights' masks of a shard set; the masks go to `out`."""
-    masks = pseudo.run(config, str(index.root), pseudo.find_weights(config, "last"), out)
+    masks = pseudo.run(config, str(index.root), weights.find(config, "last"), out)
     return 100 * score(_samples(config, index), lambda sample: read_mask(masks, sample.key), index.classes).miou
 
 

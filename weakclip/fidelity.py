@@ -1,0 +1,328 @@
+"""Are these the numbers of the published implementation? Compares every step with what the released code computed.
+
+python -m weakclip.fidelity DIR
+
+DIR holds what one run of the released code left: config.json (sizes, class names, gradient norms), and as safetensors state
+(weights under their released names), inputs, outputs, grads and, where they were made, tokens and densecrf.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weakclip import archives, cli, convert, fit, infer
+from weakclip.clip import tokenize
+from weakclip.config import ClipConfig, Config, ConfigError, CrfConfig, DecoderConfig, LossConfig, MatchingConfig, PromptConfig
+from weakclip.config import PseudoConfig as InferenceConfig
+from weakclip.crf import BOUNDARY, dense_crf
+from weakclip.data.transforms import IMAGENET, resize_image
+from weakclip.decoder import resize
+from weakclip.labels import VOC
+from weakclip.losses import boundary_target, crf_images, on_grid, weakclip_losses
+from weakclip.model import WeakCLIP
+from weakclip.pretrained import unpack_tokens
+
+# The published dense CRFs at full resolution, and the boundary loss' own, by the names of their outputs.
+CRFS = {
+    "voc": CrfConfig(),
+    "coco": CrfConfig(gaussian_sxy=1, bilateral_sxy=67, bilateral_srgb=3, bilateral_compat=4),
+    "train": BOUNDARY,
+}
+
+
+class Limit(NamedTuple):
+    value: float
+    measure: str
+    """max: largest absolute difference; relative: the same over the stored value; L2: norm of the difference over that of the
+    stored tensor; share: part of the elements that differ."""
+
+
+# By a tensor's name; the first pattern that is found counts. pydensecrf's own float noise on the CRF target is 1e-4.
+LIMITS = (
+    (r"^grad_norms", Limit(1e-4, "relative")),
+    (r"^grads\.", Limit(1e-4, "L2")),
+    (r"loss\w*$", Limit(1e-5, "relative")),
+    (r"crf_\w*target", Limit(1e-3, "max")),
+    (r"argmax|aug\.pred", Limit(1e-3, "share")),
+    (r"acc_seg", Limit(0.1, "max")),  # per cent: a near tie may go the other way
+    (r"^(tokens|densecrf)\.|texts|keys|uint8|count", Limit(0.0, "max")),
+    (r"", Limit(1e-4, "max")),
+)
+
+
+class Row(NamedTuple):
+    name: str
+    difference: float
+    """NaN where we compute no such tensor, infinite where ours has another shape."""
+    limit: Limit
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.limit.value
+
+
+class Golden:
+    """A directory of the released code's numbers, and our model with its weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            about = json.loads((folder / "config.json").read_text())
+            self.sizes, self.info = about["config"], about["info"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{folder}/config.json: not the config of a run of the released code ({error!r})") from error
+        self.inputs = self.read("inputs")
+        self.ours = convert.read_released(self._released(), str(folder / "state.safetensors"))
+        self.model = self._build()
+
+    def read(self, part: str) -> dict[str, Tensor]:
+        return archives.read(self.folder / f"{part}.safetensors").tensors
+
+    def _released(self) -> dict[str, Tensor]:
+        """The state dict in float32, its token embedding whole again (the file holds the rows that occur)."""
+        released = {name: t.float() if t.is_floating_point() else t for name, t in self.read("state").items()}
+        prefix = "SPARSE.text_encoder."
+        rows = {name.removeprefix(prefix): released.pop(name) for name in list(released) if name.startswith(prefix)}
+        return released | {f"text_encoder.{name}": tensor for name, tensor in unpack_tokens(rows, vocabulary=49408).items()}
+
+    def _build(self) -> WeakCLIP:
+        sizes = self.sizes
+        architecture = convert.architecture(self.ours, sizes["vis_heads"], sizes["text_heads"])
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "converted.safetensors"
+            convert.write(convert.Checkpoint(self.ours, convert.about(architecture, True, sizes["class_names"], ())), path)
+            clip = ClipConfig(None, str(path), sizes["input_resolution"], sizes["name_tokens"], 0.0, taps=sizes["out_indices"])
+            config = Config(
+                precision="fp32",
+                clip=clip,
+                prompts=PromptConfig(sizes["text_context_length"] - sizes["name_tokens"]),
+                matching=MatchingConfig(sizes["dec_width"], sizes["dec_layers"], sizes["dec_heads"], dropout=0),
+                decoder=DecoderConfig(sizes["fpn_channels"], sizes["head_channels"], dropout=0),
+            )
+            model = WeakCLIP(config, sizes["class_names"])
+        model.clip.requires_grad_(True)  # the released code computes gradients of its frozen towers
+        return model
+
+    def reset(self) -> WeakCLIP:
+        """The model with the stored weights and statistics and no gradients."""
+        trainable = {name: tensor for name, tensor in self.ours.items() if not name.startswith("clip.")}
+        fit.load_into(self.model, trainable, str(self.folder), "take matching sizes in config.json")
+        for parameter in convert.parameters(self.model).values():
+            parameter.grad = None
+        return self.model
+
+    def stored(self) -> dict[str, Tensor]:
+        """What the released code computed, by name. Targets stored as logarithms come as probabilities."""
+        found = {name: t.exp() if "crf_log_target" in name else t for name, t in self.read("outputs").items()}
+        found |= {f"grads.{name}": tensor for name, tensor in self.read("grads").items()}
+        for variant, numbers in self.info["train"].items():
+            norms = numbers["grad_l2_all"].values()
+            found[f"grad_norms.{variant}"] = torch.tensor([norm or 0.0 for norm in norms], dtype=torch.float64)
+        for part in ("tokens", "densecrf"):
+            if (self.folder / f"{part}.safetensors").exists():
+                found |= {f"{part}.{name}": tensor for name, tensor in self.read(part).items()}
+        found |= {f"inputs.{name}": tensor for name, tensor in self.inputs.items()}
+        return {name: tensor for name, tensor in found.items() if not re.search(GIVEN, name)}
+
+
+# What was drawn, not computed.
+GIVEN = r"^inputs\..*(uint8|gt|image_labels|slide\.img)$|^densecrf\.(probs|image)"
+
+Computed = Iterator[tuple[str, Tensor]]
+
+
+def preprocessing(golden: Golden) -> Computed:
+    """Class names to token ids, images to the network's input."""
+    yield "inputs.texts", golden.model.names_KL
+    yield "tokens.voc", tokenize(VOC, golden.sizes["name_tokens"])
+    yield "tokens.coco", tokenize(convert.raw_coco_names(), golden.sizes["name_tokens"])
+    for name, images_BHW3 in golden.inputs.items():
+        if name.endswith(".img_uint8"):
+            yield f"inputs.{name.removesuffix('_uint8')}", IMAGENET.apply(images_BHW3.permute(0, 3, 1, 2).float())
+    for i, size in enumerate(scaled_sizes(golden)):
+        scaled_HW3 = torch.from_numpy(resize_image(golden.inputs["aug.img_uint8"][0].numpy(), size))
+        yield f"inputs.aug.img_s{i}", IMAGENET.apply(scaled_HW3.permute(2, 0, 1).float())[None]
+
+
+def scaled_sizes(golden: Golden) -> list[tuple[int, int]]:
+    """H and W of the multi-scale test's image at each ratio (mmcv.imrescale)."""
+    _, H, W, _ = golden.inputs["aug.img_uint8"].shape
+    return [(int(H * ratio + 0.5), int(W * ratio + 0.5)) for ratio in golden.sizes["ms_ratios"]]
+
+
+@torch.no_grad()
+def evaluation(golden: Golden) -> Computed:
+    """The model's parts and outputs in evaluation mode."""
+    model = golden.reset().eval()
+    text_KE = model.encode_names()
+    yield "text_features_no_context_decoder", text_KE[None]
+    for name in ("sq", "rect"):
+        images_B3HW = golden.inputs[f"{name}.img"]
+        features = model.clip.vision(images_B3HW)
+        pyramid = model.adapter(features.taps)
+        output = model(images_B3HW)
+        guided = [torch.cat([x, resize(output.scores_BKhw, x.shape[2:], align_corners=True)], dim=1) for x in pyramid]
+        parts = {
+            "global_embedding": features.global_BE,
+            "visual_embedding": features.visual_BEhw,
+            "text_embeddings": model.matching.attend(text_KE, features.global_BE, features.visual_BEhw)[0],
+            "score_map": output.scores_BKhw,
+            "head_logits": output.logits_BKhw,
+            "seg_logits": resize(output.logits_BKhw, images_B3HW.shape[2:]),
+            **{f"backbone_out{level}": x for level, x in enumerate(pyramid)},
+            **{f"neck_out{level}": x for level, x in enumerate(model.decoder.neck(guided))},
+        }
+        yield from ((f"eval_{name}.{part}", tensor) for part, tensor in parts.items())
+
+
+def training(golden: Golden) -> Computed:
+    """Losses, what they are made of, gradients and BatchNorm's statistics after one step's forward and backward pass."""
+    for variant, (name, grid) in golden.sizes["train_variants"].items():
+        config = LossConfig(grid=list(grid), auxiliary=golden.sizes["aux_weight"], tau=golden.sizes["tau"])
+        images_B3HW, seeds_BHW = golden.inputs[f"{name}.img"], golden.inputs[f"{name}.gt"][:, 0].long()
+        model = golden.reset().train()
+        output = model(images_B3HW)
+        losses = weakclip_losses(output.logits_BKhw, output.scores_BKhw, seeds_BHW, images_B3HW, config)
+        torch.stack(list(losses.values())).sum().backward()
+        parts = {
+            "decode.loss_seeding": losses["seeding"],
+            "decode.loss_boundary": losses["boundary"],
+            "aux_identity.loss_ce": losses["auxiliary"],
+            "loss_total": torch.stack(list(losses.values())).sum(),
+        }
+        parts = {part: loss.detach()[None] for part, loss in parts.items()}
+        parts |= loss_parts(output.scores_BKhw.detach(), output.logits_BKhw.detach(), seeds_BHW, images_B3HW, config)
+        for own, tensor in model.state_dict().items():
+            parts[f"bn_after.{convert.released_name(own)}"] = tensor
+        yield from ((f"{variant}.{part}", tensor) for part, tensor in parts.items())
+        gradients = released_gradients(model)
+        yield from ((f"grads.{variant}.{theirs}", gradient) for theirs, gradient in gradients.items())
+        names = golden.info["train"][variant]["grad_l2_all"]
+        norms = [gradients[theirs].norm().item() if theirs in gradients else 0.0 for theirs in names]
+        yield f"grad_norms.{variant}", torch.tensor(norms, dtype=torch.float64)
+
+
+def loss_parts(
+    scores_BKhw: Tensor, logits_BKhw: Tensor, seeds_BHW: Tensor, images_B3HW: Tensor, config: LossConfig
+) -> dict[str, Tensor]:
+    """What the losses are made of, under the names that the released code's intermediate results have."""
+    logits_BKGG, probs_BKGG, seeds_BGG = on_grid(logits_BKhw, seeds_BHW, config)
+    images_BGG3 = crf_images(images_B3HW, config.grid, IMAGENET, config.truncate_image)
+    target_BKGG = boundary_target(probs_BKGG, images_BGG3)
+    named_BHW = resize(scores_BKhw / config.tau, seeds_BHW.shape[1:]).argmax(1)
+    return {
+        "score_map": scores_BKhw,
+        "logits_at_feature_size": logits_BKGG,
+        "probs": probs_BKGG,
+        "crf_probs_in": probs_BKGG.clamp(min=1e-4),
+        "crf_image_uint8": torch.from_numpy(images_BGG3),
+        "crf_target_f32": target_BKGG,
+        "crf_log_target_f64": target_BKGG,
+        "cues_count": torch.stack([(seeds_BGG == k).sum((1, 2)) for k in range(probs_BKGG.shape[1])], dim=1).float(),
+        "aux_identity.acc_seg": 100 * (named_BHW == seeds_BHW).float().mean()[None],
+    }
+
+
+def released_gradients(model: WeakCLIP) -> dict[str, Tensor]:
+    """Gradients by released name, of the frozen towers too. The stored class embedding enters twice, so its gradient does."""
+    found = {name: p.grad for name, p in convert.parameters(model).items() if p.grad is not None}
+    found["prompts_ND"] = found["prompts_ND"][None]
+    found["clip.visual.class_embedding"] = 2 * found["clip.visual.class_embedding"]
+    return {str(convert.released_name(name)): gradient for name, gradient in found.items()}
+
+
+@torch.no_grad()
+def inference(golden: Golden) -> Computed:
+    """Sliding windows, mirror images, several scales."""
+    model, sizes = golden.reset().eval(), golden.sizes
+    if len(set(sizes["crop"])) > 1 or len(set(sizes["stride"])) > 1:
+        raise ConfigError(f"{golden.folder}/config.json: crop {sizes['crop']}, stride {sizes['stride']}: our windows are square")
+    config = InferenceConfig(window=sizes["crop"][0], stride=sizes["stride"][0])
+    text_KE, x_3HW = model.encode_names(), golden.inputs["slide.img"][0]
+    logits_KHW = infer.slide(model, x_3HW, config, text_KE)
+    mirrored_KHW = infer.slide(model, x_3HW.flip(2), config, text_KE)
+    probs_KHW = (logits_KHW.softmax(0) + mirrored_KHW.softmax(0).flip(2)) / 2
+    every = golden.info["flip_avg_prob_subsample"]
+    yield "slide.logits", logits_KHW[None]
+    yield "slide.flip_avg_prob_sub", probs_KHW[None, :, ::every, ::every]
+    yield "slide.flip_avg_argmax", probs_KHW.argmax(0)[None]
+    probs_KHW = infer.average(model, golden.inputs["aug.img_uint8"][0].numpy(), scaled_sizes(golden), config, text_KE)
+    yield "aug.prob_all", probs_KHW[None]
+    yield "aug.pred", probs_KHW.argmax(0)
+    yield "aug.keys", probs_KHW.argmax(0).unique()
+
+
+def dense_crfs(golden: Golden) -> Computed:
+    """The dense CRFs at full resolution: recipes, all classes or the first ones, numbers of iterations."""
+    if not (golden.folder / "densecrf.safetensors").exists():
+        return
+    crf = golden.read("densecrf")
+    for name in crf:
+        if match := re.fullmatch(r"(\w+?)_q(_subset)?(?:_t(\d+))?", name):
+            config = replace(CRFS[match[1]], iterations=int(match[3] or 10))
+            marginals_KHW = dense_crf(crf[f"probs{match[2] or ''}"].numpy(), crf["image_uint8"].numpy(), config)
+            yield f"densecrf.{name}", torch.from_numpy(marginals_KHW)
+
+
+def compare(folder: Path) -> Iterator[Row]:
+    """Every stored number beside ours. Raises ConfigError or ArchiveError when the directory is incomplete or damaged."""
+    golden = Golden(folder)
+    stored = golden.stored()
+    for step in (preprocessing, evaluation, training, inference, dense_crfs):
+        for name, ours in step(golden):
+            if name in stored:
+                limit = limit_of(name)
+                yield Row(name, difference(ours, stored.pop(name), limit.measure), limit)
+    yield from (Row(name, float("nan"), limit_of(name)) for name in stored)
+
+
+def limit_of(name: str) -> Limit:
+    return next(limit for pattern, limit in LIMITS if re.search(pattern, name))
+
+
+def difference(ours: Tensor, stored: Tensor, measure: str) -> float:
+    """How far ours is from what was stored, which may be the first images alone; NaN in either gives NaN."""
+    ours, stored = ours[: len(stored)].double() if stored.ndim else ours.double(), stored.double()
+    if ours.shape != stored.shape:
+        return float("inf")
+    gap = (ours - stored).abs()
+    if measure == "share":
+        return (gap > 0).double().mean().item()
+    # A gradient whose norm is under 1e-3 is rounding noise (of biases before a BatchNorm, say).
+    if measure == "L2":
+        return (gap.norm() / stored.norm().clamp(min=1e-3)).item()
+    return (gap / stored.abs().clamp(min=1e-3) if measure == "relative" else gap).max().item()
+
+
+def table(rows: Sequence[Row]) -> str:
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'':<{width}}  difference     limit            "]
+    for name, gap, limit in rows:
+        verdict = "ok" if gap <= limit.value else "not computed" if gap != gap else "FAILED"
+        lines.append(f"{name:<{width}}  {gap:10.1e}  {limit.value:8.0e} {limit.measure:<8}  {verdict}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m weakclip.fidelity", description="Ours beside the released code's numbers.")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="what a run of the released code left")
+    rows = list(compare(parser.parse_args(arguments).folder))
+    print(table(rows))
+    if failed := [row.name for row in rows if not row.passed]:
+        raise ValueError(f"{len(failed)} of {len(rows)} numbers are not the released code's: {fit.some(failed)}")
+    print(f"all {len(rows)} within their limits")
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,37 @@
+"""Do these tensors fit that model? Says in one line what is missing, too many or of another shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from weakclip.config import ConfigError
+
+NAMED = 10
+"""So many names are listed; the others are counted."""
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
+    """Load `tensors` as the module's whole state dict, converted to its dtypes. Raises ConfigError as `check_fit` does."""
+    check_fit(module.state_dict(), tensors, where, cure)
+    module.load_state_dict(tensors)
+
+
+def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, cure: str) -> None:
+    """Raise ConfigError naming `where` and `cure` unless both have the same names and shapes."""
+    missing = [name for name in expected if name not in found]
+    further = [name for name in found if name not in expected]
+    reshaped = [
+        f"{name} is {list(found[name].shape)}, not {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    faults = (("missing", missing), ("unknown", further), ("of another shape", reshaped))
+    if said := "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in faults if names):
+        raise ConfigError(f"{where}: does not fit; {said}; {cure}")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first ten names."""
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -1,0 +1,199 @@
+"""The paper's tables beside a run's figures: `python -m weakclip.report RUN`.
+
+It reads what the stages left in RUN; what was not run, or is not published, is "-".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from omegaconf import OmegaConf
+
+from weakclip import cli, labels
+from weakclip.paper import Cost, Method, Paper
+from weakclip.tables import Table
+
+NETWORKS = {"resnet38": "ResNet38", "segmenter": "DeiT-S", "segformer": "MiT-B2"}
+"""Folder in RUN/retrain -> backbone, as the paper's tables name it."""
+
+SWEEPS = {"prompts": "number of prompts N", "temperatures": "initial alpha and beta"}
+
+OURS = "this run"
+
+
+class Figures(NamedTuple):
+    """Percent; None where there is none."""
+
+    miou: float | None
+    iou: dict[str, float | None]
+    """By class name."""
+
+
+def read(path: Path) -> Figures:
+    """The JSON that a validation or `weakclip.evaluate` wrote; no figures where there is no such file.
+
+    Raises ValueError naming a damaged file.
+    """
+    if not path.is_file():
+        return Figures(None, {})
+    try:
+        found = json.loads(path.read_text())
+        return Figures(_number(found["miou"]), {name: _number(value) for name, value in found.get("iou", {}).items()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error!r}); remove it and run what wrote it again") from error
+
+
+def _number(value: float | str | None) -> float | None:
+    return None if value is None or math.isnan(float(value)) else float(value)
+
+
+def report(run: Path) -> str:
+    """All tables as text; those without a figure are left out.
+
+    Raises ValueError when `run` is no run directory or a file in it is damaged.
+    """
+    classes = class_list(run)
+    paper = Paper.of(classes)
+    tables = [masks(run, paper), comparison(run, paper), per_class(run, paper, classes), *sweeps(run, paper), cost(run, paper)]
+    heading = f"{run}, classes: {classes}" + ("" if paper.comparison else " (the paper has no figures for them)")
+    return "\n\n".join([heading, *(str(table) for table in tables if table.has_figures())])
+
+
+def class_list(run: Path) -> str:
+    """`classes` of a run's config.yaml; its other keys may be those of an earlier version."""
+    written = run / "config.yaml"
+    if not written.is_file():
+        raise ValueError(f"{run}: no run directory, it has no config.yaml; give what `run` was set to in training")
+    try:
+        return str(OmegaConf.to_container(OmegaConf.load(written))["classes"])  # type: ignore[call-overload,index]
+    except Exception as error:  # PyYAML's errors share no base with OmegaConf's
+        raise ValueError(f"{written}: damaged ({' '.join(str(error).split())})") from error
+
+
+def masks(run: Path, paper: Paper) -> Table:
+    """The way to the pseudo masks; published: the released checkpoints' page."""
+    train = {"CAM, best single threshold": "cam", "seeds": "seeds", "pseudo masks": "masks"}
+    ours = {f"train set: {name}": read(run / f"scores-{what}.json").miou for name, what in train.items()}
+    ours["validation set: best weights, one scale, no CRF"] = read(run / "best.json").miou
+    published = {} if paper.masks is None else {"train set: pseudo masks": paper.masks}
+    return _beside("mIoU (%) before retraining", list(ours), {"paper": published}, {OURS: ours})
+
+
+def comparison(run: Path, paper: Paper) -> Table:
+    """The paper's comparison of methods on the data set, then this run's retrained networks."""
+    ours = [
+        Method(f"{OURS}, {name}", backbone, "image", **{split: retrained(run, name, split).miou for split in ("val", "test")})
+        for name, backbone in NETWORKS.items()
+    ]
+    rows = [
+        (row.method, row.backbone, row.supervision, *(getattr(row, split) for split in paper.splits))
+        for row in (*paper.comparison, *ours)
+    ]
+    return Table("mIoU (%) of retrained networks", ("method", "backbone", "supervision", *paper.splits), rows)
+
+
+def retrained(run: Path, network: str, split: str) -> Figures:
+    """Of a network trained on the run's pseudo masks."""
+    return read(run / "retrain" / network / f"scores-{split}.json")
+
+
+def per_class(run: Path, paper: Paper, classes: str) -> Table:
+    """The paper's tables of IoU per class on VOC val and test; pseudo masks are this run's alone."""
+    columns: dict[str, Mapping[str, float | None]] = {}
+    names = labels.CLASS_SETS.get(classes, ())
+    for split in paper.splits:
+        for method, iou in paper.classes.get(split, {}).items():
+            columns[f"{method} {split}"] = dict(zip(names, iou, strict=True))
+        columns[f"{OURS} {split}"] = retrained(run, "resnet38", split).iou
+    columns["pseudo masks"] = read(run / "scores-masks.json").iou
+    names = names or tuple(dict.fromkeys(name for column in columns.values() for name in column))
+    return _beside("IoU (%) per class: ResNet38, and this run's pseudo masks of the train set", names, {}, columns)
+
+
+def sweeps(run: Path, paper: Paper) -> list[Table]:
+    """The paper's ablations on VOC and whatever else RUN/sweeps holds, one table a sweep."""
+    folder = run / "sweeps"
+    return [_sweep(folder / name, paper.sweeps.get(name, {})) for name in dict.fromkeys([*paper.sweeps, *_folders(folder)])]
+
+
+def _sweep(folder: Path, published: Mapping[str, float]) -> Table:
+    tasks = list(dict.fromkeys([*published, *_folders(folder)]))
+    ours = {
+        f"{OURS}, validation": {task: read(folder / task / "best.json").miou for task in tasks},
+        f"{OURS}, pseudo masks": {task: read(folder / task / "scores-masks.json").miou for task in tasks},
+    }
+    title = f"mIoU (%) by {SWEEPS.get(folder.name, folder.name)}; validation: best weights, one scale, no CRF; masks: train set"
+    return _beside(title, tasks, {"paper": published}, ours)
+
+
+def _folders(parent: Path) -> list[str]:
+    """Names, the shorter ones first: 8 stands before 16, and 0.1 before 0.01."""
+    names = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    return sorted(names, key=lambda name: (len(name), name))
+
+
+def cost(run: Path, paper: Paper) -> Table:
+    """Parameters, speed and memory in training."""
+    rows = [
+        (row.method, row.trainable, row.total, _percent(row.trainable, row.total), row.images_per_second, row.memory_gib)
+        for row in (*paper.cost, measured_cost(run / "metrics.jsonl"))
+    ]
+    header = ("", "trainable (M)", "of all (M)", "%", "images/s", "GiB")
+    return Table("Training: parameters, median speed of all devices together, peak memory of a device", header, rows)
+
+
+def measured_cost(path: Path) -> Cost:
+    """From a run's metrics.jsonl: the median of its images a second, the peak of its memory.
+
+    Raises ValueError naming a line that is damaged; a last one that is still being written, or was never finished, is left out.
+    """
+    values: dict[str, list[float]] = defaultdict(list)
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            for name, value in json.loads(line).items() if line.endswith("\n") else ():
+                values[name].append(float(value))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: line {number} is damaged ({error!r}); remove that line") from error
+    trainable, total = (values[f"parameters/{name}"] for name in ("trainable", "total"))
+    speed, memory = values["images_per_second"], values["memory_gib"]
+    return Cost(
+        OURS,
+        trainable[0] / 1e6 if trainable else None,
+        total[0] / 1e6 if total else None,
+        statistics.median(speed) if speed else None,
+        max(memory, default=None),
+    )
+
+
+def _percent(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or whole is None else 100 * part / whole
+
+
+def _beside(
+    title: str,
+    names: Sequence[str],
+    published: Mapping[str, Mapping[str, float]],
+    ours: Mapping[str, Mapping[str, float | None]],
+) -> Table:
+    """One row a name; a published column that holds nothing is left out."""
+    columns = {**{name: column for name, column in published.items() if column}, **ours}
+    return Table(title, ("", *columns), [(name, *(column.get(name) for column in columns.values())) for name in names])
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m weakclip.report", description="The paper's tables beside a run's figures.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, such as runs/voc")
+    print(report(parser.parse_args(arguments).run))
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,77 @@
+"""Trained weights as files: a run's trainable part, or a converted checkpoint that brings its own CLIP."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from weakclip import archives, fit, labels
+from weakclip.config import Config, ConfigError
+from weakclip.files import write_whole
+from weakclip.model import WeakCLIP
+
+# Metadata of a converted file (weakclip.convert), JSON lists of names.
+CLASSES, EXTRA_NAMES = "classes", "extra_names"
+
+
+def find(config: Config, choice: str) -> Path:
+    """The file that `choice` means: "best" or "last" of the run ("best" falls back to "last" without validation), or a path.
+
+    Raises ConfigError when it does not exist.
+    """
+    folder = Path(config.run) / "weights"
+    names = {"best": ("best.safetensors", "last.safetensors"), "last": ("last.safetensors",)}.get(choice)
+    candidates = [folder / name for name in names] if names else [Path(choice)]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ConfigError(f"--weights {choice}: {candidates[-1]} does not exist; train first, or set run to the run that did")
+
+
+def load_model(config: Config, path: Path) -> WeakCLIP:
+    """The config's model with the weights in `path`, in evaluation mode, on the GPU if there is one.
+
+    Raises ArchiveError when they are unreadable, ConfigError when they are not this model's: other classes, another CLIP,
+    missing or further tensors.
+    """
+    names = labels.class_names(config.classes)
+    archive = archives.read(path)
+    tensors = archive.tensors
+    if "backbone.class_embedding" in tensors:
+        raise ConfigError(f"{path}: in the released layout; first python -m weakclip.convert {path} OUT.safetensors")
+    if (made_for := archives.json_of(archive, CLASSES, path)) is not None:
+        labels.check_same(names, made_for, str(path))
+    if any(name.startswith("clip.") for name in tensors):
+        config = _with_its_own_clip(config, path, archives.json_of(archive, EXTRA_NAMES, path) or [])
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("clip.")}
+    model = WeakCLIP(config, names)
+    for name, what, cure in (
+        ("decoder.head.classify.weight", "classes (K)", "classes"),
+        ("adapter.level3.weight", "channels of the vision tower", "clip.model and clip.pretrained"),
+    ):
+        found, wanted = tensors.get(name), model.get_parameter(name)
+        if found is not None and len(found) != len(wanted):
+            raise ConfigError(f"{path}: made for {len(found)} {what}, but the config has {len(wanted)}; set {cure} as in its run")
+    fit.load_into(model, tensors, str(path), "take the config that these weights were trained with")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _with_its_own_clip(config: Config, path: Path, extra_names: list[str]) -> Config:
+    if config.clip.pretrained != str(path):
+        print(f"{path} brings its own CLIP; clip.pretrained ({config.clip.pretrained}) is not read", file=sys.stderr)
+    return replace(
+        config,
+        clip=replace(config.clip, model=None, pretrained=str(path)),
+        matching=replace(config.matching, extra_names=extra_names),
+    )
+
+
+def save(model: WeakCLIP, path: Path, step: int) -> None:
+    """The trainable part as safetensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    write_whole(path, safetensors.torch.save(state, metadata={"format": "pt", "step": str(step)}))
