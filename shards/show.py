@@ -32,7 +32,7 @@ def row(sample: DecodedSample, seeds: SeedConfig) -> pictures.Row:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="the shard set, with index.json in it")
+    parser.add_argument("directory", help="the shard set: its directory or its URL")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--start", type=int, default=0, help="number of the first sample, from 0")
     parser.add_argument("--count", type=int, default=8, help="how many samples")

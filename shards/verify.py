@@ -10,29 +10,28 @@ import os
 import sys
 import tarfile
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 
 from tqdm import tqdm
 
 from weakclip import cli
-from weakclip.data.shard import Index, Shard, ShardError, decode_sample, map_in_processes, read_entry, sha256
+from weakclip.data.shard import Index, ShardError, decode_sample, map_in_processes, read_entry, sha256
 
 
-def verify_shard(root: Path, num_classes: int, shard: Shard) -> list[str]:
-    """What is wrong with one shard, a line each."""
-    problems, members = [], []
-    if (digest := sha256(root / shard.name)) != shard.sha256:
+def verify_shard(index: Index) -> list[str]:
+    """What is wrong with the shard of a set of one, a line each."""
+    (shard,), problems, members = index.shards, [], []
+    if (digest := sha256(index.root / shard.name)) != shard.sha256:
         problems.append(f"{shard.name}: SHA-256 is {digest}, the index has {shard.sha256}; copy or build it again")
     for entry in shard.samples:
         try:
-            parts = read_entry(root, entry)
+            parts = read_entry(index, entry)
             members += [f"{entry.key}.{extension}" for extension in parts]
-            decode_sample(parts, entry, num_classes)
+            decode_sample(parts, entry, len(index.classes))
         except ShardError as error:
             problems.append(str(error))
     try:
-        with tarfile.open(root / shard.name, "r:") as archive:
+        with tarfile.open(index.root / shard.name, "r:") as archive:
             if archive.getnames() != members:
                 problems.append(f"{shard.name}: its members are not those of the index; copy or build it again")
     except tarfile.TarError as error:
@@ -44,9 +43,9 @@ def verify(index: Index, processes: int) -> list[str]:
     """What is wrong with a shard set, a line each."""
     strangers = {path.name for path in index.root.glob("*.tar")} - {shard.name for shard in index.shards}
     problems = [f"{name}: not in the index; remove it" for name in sorted(strangers)]
-    check = partial(verify_shard, index.root, len(index.classes))
+    alone = [replace(index, shards=(shard,)) for shard in index.shards]  # a process needs no more of the index
     with tqdm(total=len(index.entries), unit=" images", desc="verify") as bar:
-        for shard, found in zip(index.shards, map_in_processes(check, processes, index.shards), strict=True):
+        for shard, found in zip(index.shards, map_in_processes(verify_shard, processes, alone), strict=True):
             problems += found
             bar.update(len(shard.samples))
     return problems
@@ -54,7 +53,7 @@ def verify(index: Index, processes: int) -> list[str]:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="the shard set, with index.json in it")
+    parser.add_argument("directory", help="the shard set, with index.json in it")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="shards checked at a time")
     options = parser.parse_args(arguments)
     index = Index.load(options.directory)

@@ -17,7 +17,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from weakclip.data.sources import coco_items, load_coco
+from weakclip.data.coco import coco_items
+from weakclip.data.sources import load_item
+from weakclip.labels import COCO, class_map
 
 
 def simulated_cam(mask_HW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -36,8 +38,8 @@ def simulated_cam(mask_HW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def write(images: Path, annotations: Path, out: Path) -> None:
     """One KEY.npy an image: {foreground class from 0: map}."""
     out.mkdir(parents=True, exist_ok=True)
-    for item in coco_items(images, annotations, None, with_masks=True):
-        sample = load_coco(item)
+    for item in coco_items(images, annotations, with_masks=True):
+        sample = load_item(item, class_map(COCO, COCO))
         if not sample.classes:
             continue
         mask_HW = np.array(Image.open(io.BytesIO(sample.mask)))

@@ -30,7 +30,9 @@ def _require(condition: bool, message: str) -> None:
 @dataclass
 class DataConfig:
     train: str = "data/voc/trainaug"
-    """Shard set (a directory with index.json) to train on."""
+    """Shard set to train on: a directory with index.json, or its URL (http, https, s3, gs)."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Further shard sets of the same classes to train on: where each lies, and how many of its samples come for one of `train`"""
     val: str | None = None
     """Shard set with ground-truth masks for validation; null: no validation, and the last weights are the best."""
     scale: list[int] = field(default_factory=lambda: [2048, 512])
@@ -41,12 +43,26 @@ class DataConfig:
     """Unreadable samples (all ranks together) that are skipped and named; one more stops the job."""
     shuffle_window: int = 8
     """Shards that are shuffled together; reading touches this many shards at a time."""
+    cache: str | None = None
+    """Directory that keeps the shards of URLs, which processes and nodes may share; null: each sample is a request of its own."""
+    cache_gib: float = 100.0
+    """Size of the cache, GiB (2^30 bytes); what was used longest ago leaves first. It must hold `shuffle_window` shards, and
+    should hold twice as many: those of the next window are fetched ahead."""
+    retries: int = 8
+    """How often a request to a URL is repeated, after waits that double from half a second to half a minute."""
+    timeout: float = 60.0
+    """Seconds in which the answer to a request (a sample, 8 MiB of a shard, an index.json) must have arrived."""
 
     def __post_init__(self) -> None:
         _require(len(self.scale) == 2 and min(self.scale) >= 1, "data.scale must be [long, short], in pixels")
+        least = (1 + sum(self.mix.values())) / 1000
+        _require(all(weight >= least for weight in self.mix.values()), "data.mix must give each set a thousandth of all or more")
         _require(self.workers >= 0, "data.workers must be 0 or more")
         _require(self.max_bad_samples >= 0, "data.max_bad_samples must be 0 or more")
         _require(self.shuffle_window >= 1, "data.shuffle_window must be 1 or more")
+        _require(self.cache_gib > 0, "data.cache_gib must be positive")
+        _require(self.retries >= 0, "data.retries must be 0 or more")
+        _require(self.timeout > 0, "data.timeout must be positive, in seconds")
 
 
 @dataclass

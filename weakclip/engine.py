@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import socket
 import warnings
 from collections.abc import Sequence
@@ -25,12 +24,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns about the accelerators it looked for in vain
 
 import deepspeed
+import safetensors.torch
 
-from weakclip import weights
+from weakclip import archives, elastic, fit, weights
 from weakclip.batchnorm import synchronise
 from weakclip.config import Config, ConfigError, OptimConfig
 from weakclip.data.stream import Batch
 from weakclip.data.transforms import distort
+from weakclip.files import write_whole
 from weakclip.losses import weakclip_losses
 from weakclip.model import WeakCLIP
 
@@ -81,23 +82,38 @@ def learning_rate_factor(step: int, config: OptimConfig, steps: int) -> float:
 class Engine:
     """A WeakCLIP in training. `step` counts optimiser steps, `consumed` the samples of all ranks so far."""
 
-    def __init__(self, model: WeakCLIP, config: Config, world: World) -> None:
+    def __init__(self, model: WeakCLIP, config: Config, world: World, resume: Path | None = None) -> None:
+        """resume: checkpoint to go on from, whatever ranks and ZeRO stage wrote it.
+
+        Raises ArchiveError or ConfigError when it is damaged or another model's.
+        """
         self.config, self.world = config, world
         self.step = self.consumed = 0
+        moments = self._load(model, resume) if resume else None
         model = model.to(world.device)
         # What validates and is saved: an ordinary module beside the one that ZeRO may have cut up. Both share the frozen CLIP.
         self.plain = copy.deepcopy(model, {id(model.clip): model.clip}).eval()
-        self._settings = deepspeed_settings(config)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+        done = self.step
         self._engine, *_ = deepspeed.initialize(
             model=synchronise(model, world.device),
             optimizer=optimizer,
             lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(
-                wrapped, lambda step: learning_rate_factor(step, config.optim, config.train.steps)
+                wrapped, lambda more: learning_rate_factor(done + more, config.optim, config.train.steps)
             ),
-            config=self._settings,
+            config=deepspeed_settings(config),
         )
+        if moments is not None:
+            elastic.set_moments(self._engine, moments, self.step)
+
+    def _load(self, model: WeakCLIP, path: Path) -> dict[str, Tensor]:
+        """Take the model's weights, the step and the samples consumed from a checkpoint; returns the optimiser's moments."""
+        tensors, meta = archives.read(path)
+        state = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
+        fit.load_into(model, state, str(path), "go on with the config that wrote it")
+        self.step, self.consumed = int(meta["step"]), int(meta["consumed"])
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith("model/")}
 
     @property
     def global_batch(self) -> int:
@@ -117,7 +133,7 @@ class Engine:
             distorted_B3HW = distort(batch.images.to(self.world.device), batch.photometric.to(self.world.device))
             images_B3HW = self.plain.normalisation.apply(distorted_B3HW)
             output = self._engine(images_B3HW)
-            seeds_BHW = batch.seeds.to(self.world.device)
+            seeds_BHW = batch.seeds.to(self.world.device).long()
             losses = weakclip_losses(
                 output.logits_BKhw, output.scores_BKhw, seeds_BHW, images_B3HW, self.config.loss, self.plain.normalisation
             )
@@ -133,14 +149,14 @@ class Engine:
 
     def _note_gradient_norm(self) -> None:
         """ZeRO knows the norm after its step; plain data parallelism (stage 0) has whole gradients, before it."""
-        if self._layout()["stage"] == 0 and self._engine.is_gradient_accumulation_boundary():
+        if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             self._whole_norm = torch.nn.utils.get_total_norm(gradients)
 
     @property
     def gradient_norm(self) -> float:
         """Of the last step, before clipping."""
-        return float(self._whole_norm if self._layout()["stage"] == 0 else self._engine.get_global_grad_norm())
+        return float(self._whole_norm if self._stage == 0 else self._engine.get_global_grad_norm())
 
     def refresh_plain(self) -> WeakCLIP:
         """`plain` with the present weights. Every rank must call it."""
@@ -151,40 +167,23 @@ class Engine:
 
     def save(self, run: Path) -> None:
         """Write checkpoints/step-N and weights/last.safetensors. Every rank must call it; a reader never sees half of it."""
-        folder = run / "checkpoints"
-        partial = f"step-{self.step}.partial"
-        state = {"step": self.step, "consumed": self.consumed}
-        self._engine.save_checkpoint(str(folder), tag=partial, client_state=state, save_latest=False)
+        moments = elastic.moments(self._engine)
         self.refresh_plain()
         if self.world.rank == 0:
-            (folder / partial / "ranks.json").write_text(json.dumps(self._layout()))
-            shutil.rmtree(folder / f"step-{self.step}", ignore_errors=True)
-            os.replace(folder / partial, folder / f"step-{self.step}")
-            for old in [*checkpoints(run)[: -self.config.train.keep_checkpoints], *folder.glob("*.partial")]:
-                shutil.rmtree(old)
+            state = {f"model/{name}": tensor for name, tensor in self.plain.state_dict().items()} | moments
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+            meta = {"step": str(self.step), "consumed": str(self.consumed)}
+            (run / "checkpoints").mkdir(exist_ok=True)
+            write_whole(run / "checkpoints" / f"step-{self.step}.safetensors", safetensors.torch.save(tensors, meta))
+            stale = (run / "checkpoints").glob("*.partial")  # of a run that was killed as it wrote
+            for old in [*checkpoints(run)[: -self.config.train.keep_checkpoints], *stale]:
+                old.unlink()
             weights.save(self.plain, run / "weights" / "last.safetensors", self.step)
         dist.barrier()
 
-    def resume(self, run: Path) -> bool:
-        """Go on from the newest checkpoint of `run`, if there is one.
-
-        Raises ConfigError when it was written by another number of ranks or another ZeRO stage.
-        """
-        found = checkpoints(run)
-        if not found:
-            return False
-        written = json.loads((found[-1] / "ranks.json").read_text())
-        if written != self._layout():
-            raise ConfigError(
-                f"{found[-1]}: written by {written['ranks']} ranks with ZeRO {written['stage']}, but this run has "
-                f"{self.world.ranks} with ZeRO {self._layout()['stage']}; start as many ranks and set train.deepspeed alike"
-            )
-        _, state = self._engine.load_checkpoint(str(found[-1].parent), tag=found[-1].name)
-        self.step, self.consumed = state["step"], state["consumed"]
-        return True
-
-    def _layout(self) -> dict[str, int]:
-        return {"ranks": self.world.ranks, "stage": self._settings["zero_optimization"]["stage"]}
+    @property
+    def _stage(self) -> int:
+        return self._engine.zero_optimization_stage()
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
@@ -211,5 +210,5 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
 
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    found = [path for path in (run / "checkpoints").glob("step-*.safetensors") if path.stem.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))

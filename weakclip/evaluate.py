@@ -73,7 +73,7 @@ def read_mask(folder: Path, key: str) -> np.ndarray:
 def run(config: Config, what: str, data: str, shards: str | None, masks: Path) -> Scores:
     """The stage: scores of "masks", "seeds" or "cam" on `shards` of the shard set `data`."""
     names = labels.class_names(config.classes)
-    index = open_index(data, names)
+    index = open_index(data, names, config.data)
     samples = StoredSamples(index, select_shards(index, shards), config.data.workers)
     if what == "cam":
         threshold, scores = best_cam_threshold(samples, names)

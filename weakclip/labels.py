@@ -53,6 +53,13 @@ DEMO = ("background", "cat", "dog", "cow", "bird", "fish", "car", "boat", "bus")
 
 CLASS_SETS = {"voc": VOC, "coco": COCO, "demo": DEMO}
 
+# The same things under VOC's and COCO's names; all other names that both have are equal.
+_ALIASES = (
+    ("aeroplane", "airplane"), ("diningtable", "dining table"), ("motorbike", "motorcycle"), ("pottedplant", "potted plant"),
+    ("sofa", "couch"), ("tvmonitor", "tv"),
+)  # fmt: skip
+_OTHER_NAME = dict(_ALIASES) | {coco: voc for voc, coco in _ALIASES}
+
 
 def class_names(spec: str) -> tuple[str, ...]:
     """Class names for `spec`: "voc", "coco", "demo", or a text file with one name a line, background first.
@@ -72,6 +79,16 @@ def class_names(spec: str) -> tuple[str, ...]:
     if len(names) > IGNORE:
         raise ValueError(f"{path}: {len(names)} classes; an 8-bit mask holds at most {IGNORE}")
     return names
+
+
+def find_class(name: str, names: Sequence[str]) -> int | None:
+    """Index in `names` of the class called `name`, or by its other name (aeroplane is airplane); None if there is none."""
+    return next((names.index(known) for known in (name, _OTHER_NAME.get(name)) if known in names), None)
+
+
+def class_map(names: Sequence[str], target: Sequence[str]) -> tuple[int, ...]:
+    """For each class of `names` its index in the class list `target`; 0, the background, for those that `target` lacks."""
+    return tuple(find_class(name, target) or 0 for name in names)
 
 
 def palette(num_classes: int = 256) -> list[int]:

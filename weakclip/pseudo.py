@@ -74,7 +74,7 @@ def claim(out: Path, config: Config, weights: Path) -> None:
 
 def run(config: Config, data: str, weights: Path, out: Path, shards: str | None = None) -> Path:
     """The stage: masks of the samples in `shards` of the shard set `data`, into `out`, which is returned."""
-    index = open_index(data, labels.class_names(config.classes))
+    index = open_index(data, labels.class_names(config.classes), config.data)
     entries = select_shards(index, shards)
     claim(out, config, weights)
     missing = [entry for entry in entries if not (out / f"{entry.key}.png").exists()]

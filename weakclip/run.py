@@ -1,16 +1,19 @@
 """The run directory: everything of a run that survives a job lies in it.
 
-runs/NAME/  config.yaml  checkpoints/step-N/  weights/{best,last}.safetensors  best.json  pseudo/  scores.json  tensorboard/
-            metrics.jsonl
+runs/NAME/  config.yaml  data.json  checkpoints/step-N.safetensors  weights/{best,last}.safetensors  best.json
+            pseudo/  scores.json  tensorboard/  metrics.jsonl
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from weakclip import config as configs
 from weakclip.config import Config, ConfigError
+from weakclip.files import write_whole
 
 # What a resumed run must share with the one it goes on with: the model, the data and their order.
 _FIXED = ("seed", "classes", "seeds", "augment", "clip", "prompts", "adapter", "matching", "decoder", "loss", "demo")
@@ -33,9 +36,20 @@ def claim(config: Config, resume: bool) -> Path:
             raise ConfigError(f"run: {run} already holds a run; go on with it by --resume auto, or set run to another directory")
         earlier, now = asdict(configs.load(written)), asdict(config)
         changed = [f"{key}" for key in _FIXED if earlier[key] != now[key]]
-        changed += ["data.train"] if earlier["data"]["train"] != now["data"]["train"] else []
+        changed += [f"data.{key}" for key in ("train", "mix") if earlier["data"][key] != now["data"][key]]
         if changed:
             raise ConfigError(f"run: {run} was made with another {', '.join(changed)}; set it as in {written}, or set run anew")
     run.mkdir(parents=True, exist_ok=True)
     configs.save(config, written)
     return run
+
+
+def claim_data(run: Path, fingerprints: Sequence[str]) -> None:
+    """Note which training sets the run is of (Index.fingerprint): other shards would come in another order.
+
+    Raises ConfigError when it began with others, be it under the same path.
+    """
+    note = run / "data.json"
+    if note.is_file() and json.loads(note.read_text()) != list(fingerprints):
+        raise ConfigError(f"run: the shards of data.train or data.mix are not those that {run} began with; set run anew")
+    write_whole(note, json.dumps(fingerprints) + "\n")

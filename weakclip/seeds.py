@@ -18,8 +18,10 @@ def cam_to_seed(maps_nHW: np.ndarray, classes: Sequence[int], background: float,
     if not len(classes):
         return np.zeros(maps_nHW.shape[1:], np.uint8)
     foreground = background if foreground is None else foreground
-    strongest_HW = maps_nHW.max(0)
-    seed_HW = np.asarray(classes, np.uint8)[maps_nHW.argmax(0)]
+    seed_HW, strongest_HW = np.full(maps_nHW.shape[1:], classes[0], np.uint8), maps_nHW[0]
+    for index, map_HW in zip(classes[1:], maps_nHW[1:], strict=True):  # a pass a map: argmax over the first axis is slow
+        np.copyto(seed_HW, index, where=map_HW > strongest_HW, casting="unsafe")
+        strongest_HW = np.maximum(strongest_HW, map_HW)
     seed_HW[strongest_HW < foreground] = IGNORE
     seed_HW[strongest_HW < background] = 0
     return seed_HW

@@ -6,8 +6,11 @@ torchrun --nproc_per_node N -m weakclip.train --config configs/coco.yaml [--resu
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +21,8 @@ from weakclip import cli, labels
 from weakclip import run as runs
 from weakclip.config import Config
 from weakclip.data.stream import open_index, training_batches
-from weakclip.engine import Engine, World
+from weakclip.engine import Engine, World, checkpoints
+from weakclip.interrupt import Interrupted, Interruption
 from weakclip.model import WeakCLIP
 from weakclip.monitor import Monitor
 from weakclip.validation import validate
@@ -27,38 +31,43 @@ from weakclip.validation import validate
 def train(config: Config, world: World, resume: bool = False) -> Path:
     """Run the job that `config` describes, on all ranks; returns the run directory.
 
-    Raises ValueError (ConfigError, ShardError) for what the user can mend.
+    Raises ValueError (ConfigError, ShardError) for what the user can mend, Interrupted when a signal asked it to stop.
     """
     names = labels.class_names(config.classes)
-    index = open_index(config.data.train, names)
-    validation = open_index(config.data.val, names) if config.data.val else None
-    run = _claim(config, world, resume)
+    index = open_index(config.data.train, names, config.data)
+    mixed = [open_index(path, names, config.data) for path in config.data.mix]
+    validation = open_index(config.data.val, names, config.data) if config.data.val else None
+    run = _claim(config, world, resume, [each.fingerprint for each in (index, *mixed)])
     torch.manual_seed(config.seed)
-    engine = Engine(WeakCLIP(config, names), config, world)
-    if resume:
-        engine.resume(run)
+    latest = checkpoints(run)[-1:] if resume else []
+    engine = Engine(WeakCLIP(config, names), config, world, *latest)
     monitor = Monitor(run, config, engine)
-    batches = training_batches(index, config, engine.consumed, world.rank, world.ranks)
-    while engine.step < config.train.steps:
-        with monitor.waiting():
-            micro_batches = list(islice(batches, config.train.accumulate))
-        monitor.step(micro_batches, engine.train_step(micro_batches))
-        last = engine.step == config.train.steps
-        with monitor.pausing():
-            if last or engine.step % config.train.validate_every == 0:
-                validate(engine, monitor, config, run, index, validation)
-            if last or engine.step % config.train.checkpoint_every == 0:
-                engine.save(run)
+    interruption = Interruption()
+    # Closing ends the loader's processes, which ignore the signal that Python would end them by.
+    with closing(training_batches(index, config, engine.consumed, world.rank, world.ranks, mixed)) as batches:
+        while engine.step < config.train.steps:
+            with monitor.waiting():
+                micro_batches = list(islice(batches, config.train.accumulate))
+            monitor.step(micro_batches, engine.train_step(micro_batches))
+            last = engine.step == config.train.steps
+            with monitor.pausing():
+                if last or engine.step % config.train.validate_every == 0:
+                    validate(engine, monitor, config, run, index, validation)
+                number = 0 if last else interruption.agreed()
+                if last or number or engine.step % config.train.checkpoint_every == 0:
+                    engine.save(run)
+            if number:
+                raise Interrupted(f"{signal.Signals(number).name}: saved at step {engine.step}; go on by --resume auto")
     monitor.close()
     return run
 
 
-def _claim(config: Config, world: World, resume: bool) -> Path:
+def _claim(config: Config, world: World, resume: bool, data: Sequence[str]) -> Path:
     """Rank 0 looks at the run directory; all hear of what is wrong with it."""
     error = None
     if world.rank == 0:
         try:
-            runs.claim(config, resume)
+            runs.claim_data(runs.claim(config, resume), data)
         except ValueError as caught:
             error = caught
     if error := world.gather(error)[0]:
@@ -73,6 +82,10 @@ def main(arguments: Sequence[str]) -> None:
     world = World.join()
     try:
         run = train(config, world, options.resume == "auto")
+    except Interrupted as stop:
+        if world.rank == 0:
+            print(stop, file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

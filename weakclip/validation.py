@@ -56,7 +56,8 @@ def validation_scores(model: WeakCLIP, world: World, config: Config, validation:
     samples = StoredSamples(validation, mine, config.data.workers)
     for sample in tqdm(samples, "validation", leave=False, disable=None if world.rank == 0 else True):
         if sample.mask is None:
-            raise ValueError(f"data.val: {validation.root}: {sample.key} has no ground-truth mask; build the shards with --masks")
+            where = f"data.val: {validation.storage}: {sample.key}"
+            raise ValueError(f"{where} has no ground-truth mask; build the shards with --masks")
         probs_KHW = infer.predict(model, sample.image, single_scale(config), config.data.scale, text_KE)
         matrix_KK += torch.from_numpy(confusion(sample.mask, probs_KHW.argmax(0).byte().cpu().numpy(), K))
     total_KK = matrix_KK.to(world.device)

@@ -79,6 +79,8 @@ def test_a_missing_file_and_an_unknown_stage_are_refused(tmp_path):
 
 def test_checkpoints_are_sorted_by_step_and_unfinished_ones_are_none(tmp_path):
     assert checkpoints(tmp_path) == []
-    for name in ("step-1000", "step-90", "step-200", "step-3000.partial", "step-x", "other"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-90", "step-200", "step-1000"]
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("step-1000", "step-90", "step-200", "step-x", "other"):
+        (tmp_path / "checkpoints" / f"{name}.safetensors").touch()
+    (tmp_path / "checkpoints" / "step-3000.safetensors.partial").touch()
+    assert [path.stem for path in checkpoints(tmp_path)] == ["step-90", "step-200", "step-1000"]

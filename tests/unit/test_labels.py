@@ -65,6 +65,23 @@ def test_an_unknown_class_set_names_those_there_are():
         labels.class_names("cocoa")
 
 
+def test_all_of_vocs_classes_are_cocos_under_one_name_or_another():
+    to_coco, to_voc = labels.class_map(labels.VOC, labels.COCO), labels.class_map(labels.COCO, labels.VOC)
+    assert to_coco[0] == to_voc[0] == 0 and 0 not in to_coco[1:]
+    assert [to_voc[index] for index in to_coco] == list(range(21))
+    renamed = {name: labels.COCO[to] for name, to in zip(labels.VOC, to_coco, strict=True) if name != labels.COCO[to]}
+    assert renamed == {
+        "aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant",
+        "sofa": "couch", "tvmonitor": "tv",
+    }  # fmt: skip
+
+
+def test_a_name_that_is_there_comes_before_its_other_name():
+    names = ("background", "couch", "sofa")
+    assert [labels.find_class(name, names) for name in ("couch", "sofa", "tv")] == [1, 2, None]
+    assert labels.find_class("couch", names[::2]) == 1
+
+
 def test_the_palette_is_pascals():
     colours = labels.palette()
     assert len(colours) == 768

@@ -12,7 +12,7 @@ import pytest
 
 from weakclip import cli, evaluate, model, pseudo
 from weakclip.config import ConfigError, load
-from weakclip.run import claim
+from weakclip.run import claim, claim_data
 
 
 def test_a_new_run_is_made_with_its_resolved_config(tiny_config, tmp_path):
@@ -146,3 +146,15 @@ def test_a_command_fails_with_one_line_on_stderr(repo, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: nowhere.yaml: no such config file\n"
+
+
+def test_a_run_goes_on_with_the_shards_it_began_with_alone(tiny_config, make_shards, tmp_path):
+    run = claim(tiny_config(), resume=False)
+    first = make_shards(tmp_path / "first", count=4, per_shard=2)
+    claim_data(run, [first.fingerprint])
+    again = make_shards(tmp_path / "again", count=4, per_shard=2)  # the same bytes elsewhere
+    claim_data(run, [again.fingerprint])
+    resharded = make_shards(tmp_path / "resharded", count=4, per_shard=3)
+    for others in ([resharded.fingerprint], [first.fingerprint, first.fingerprint]):
+        with pytest.raises(ConfigError, match="the shards of data.train or data.mix are not those that .*run began with"):
+            claim_data(run, others)

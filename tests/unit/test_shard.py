@@ -74,7 +74,7 @@ def built(out: Path, count: int = 5, per_shard: int = 2) -> Index:
 
 
 def read(index: Index, entry: Entry) -> DecodedSample:
-    return decode_sample(read_entry(index.root, entry), entry, len(index.classes))
+    return decode_sample(read_entry(index, entry), entry, len(index.classes))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_set_gives_back_what_went_in(shards):
     assert [len(shard.samples) for shard in index.shards] == [2, 2, 1]
     assert [entry.key for entry in index.entries] == [f"image_{n}" for n in range(5)]
     for number, entry in enumerate(index.entries):
-        want, parts, got = sample(number), read_entry(index.root, entry), read(index, entry)
+        want, parts, got = sample(number), read_entry(index, entry), read(index, entry)
         assert parts["jpg"] == want.image
         assert json.loads(parts["json"])["source"] == "made up"
         np.testing.assert_array_equal(got.image, np.asarray(Image.open(io.BytesIO(want.image))))
@@ -388,23 +388,23 @@ def test_missing_and_truncated_shards_are_named(shards, tmp_path):
 
 
 def test_reading_a_shard_that_shrank_or_went_is_an_error(shards, tmp_path):
-    root = edited(shards, tmp_path, lambda raw: None)
-    entry = shards.entries[1]
-    file = root / entry.shard
+    index = Index.load(edited(shards, tmp_path, lambda raw: None))
+    entry = index.entries[1]
+    file = index.root / entry.shard
     file.write_bytes(file.read_bytes()[: entry.offset + 700])
     with pytest.raises(ShardError, match="shard-00000.tar: image_1: 700 bytes where the index has"):
-        read_entry(root, entry)
+        read_entry(index, entry)
     file.unlink()
     with pytest.raises(ShardError, match="shard-00000.tar: image_1: cannot be read"):
-        read_entry(root, entry)
+        read_entry(index, entry)
 
 
 def test_a_range_of_another_sample_is_refused(shards):
     first, second = shards.entries[:2]
     with pytest.raises(ShardError, match="image_1: unexpected member 'image_0.cam.npz'"):
-        read_entry(shards.root, replace(first, key="image_1"))
+        read_entry(shards, replace(first, key="image_1"))
     with pytest.raises(ShardError, match="image_0: unexpected member 'image_1"):
-        read_entry(shards.root, replace(first, length=first.length + second.length))
+        read_entry(shards, replace(first, length=first.length + second.length))
 
 
 # ------------------------------------------------------------------------------------------------------------- damage
@@ -470,7 +470,7 @@ def test_a_damaged_index_is_an_error_or_still_consistent(shards, tmp_path_factor
     with suppress(ShardError):
         index = Index.load(root)
         for entry in index.entries:
-            assert_correct(decode_sample(read_entry(root, entry), entry, K))
+            assert_correct(read(index, entry))
 
 
 @settings(max_examples=100, deadline=None)

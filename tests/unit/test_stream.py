@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from weakclip.data.plan import Plan
+from weakclip.data.plan import Mix, Order
 from weakclip.data.shard import Cam, Index, ShardError, decode_sample, read_entry
 from weakclip.data.stream import Batch, StoredSamples, cam_maps, open_index, seed_mask, select_shards, training_batches
 
@@ -47,7 +47,7 @@ def damage(index: Index, *numbers: int) -> None:
 
 def decoded(index: Index, number: int = 0):
     entry = index.entries[number]
-    return decode_sample(read_entry(index.root, entry), entry, len(NAMES))
+    return decode_sample(read_entry(index, entry), entry, len(NAMES))
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -56,7 +56,7 @@ def decoded(index: Index, number: int = 0):
 def test_batches_have_the_shapes_and_types_they_promise(shards, tiny_config):
     (batch,) = batches(shards, tiny_config("train.batch=3"), 1)
     assert batch.images.shape == (3, 3, 64, 64) and batch.images.dtype == torch.uint8
-    assert batch.seeds.shape == (3, 64, 64) and batch.seeds.dtype == torch.int64
+    assert batch.seeds.shape == (3, 64, 64) and batch.seeds.dtype == torch.uint8
     assert batch.photometric.shape == (3, 5) and batch.photometric.dtype == torch.float32
     assert len(batch.keys) == 3 and batch.bad == [] and set(batch.seeds.unique().tolist()) <= {0, 1, 255}
 
@@ -71,10 +71,23 @@ def test_batches_are_the_same_over_one_rank_and_over_two_ranks_with_workers(shar
 
 def test_keys_follow_the_plan_and_every_sample_comes_once_an_epoch(shards, tiny_config):
     config = tiny_config("train.batch=1", "seed=5")
-    plan = Plan((3, 3, 1), 5, config.data.shuffle_window)
+    plan = Order((3, 3, 1), (5, 0), config.data.shuffle_window)
     keys = [batch.keys[0] for batch in batches(shards, config, 14)]
     assert keys == [f"image_{plan.sample(position)[1]}" for position in range(14)]
     assert sorted(keys[:7]) == sorted(keys[7:]) == [f"image_{n}" for n in range(7)]
+
+
+def test_mixed_sets_come_by_their_weights_each_through_its_own_epochs(shards, make_shards, tiny_config, tmp_path):
+    other = make_shards(tmp_path / "other", count=2, H=32)
+    config = tiny_config("train.batch=1", f"data.mix={{{other.root}: 0.5}}", "seed=3")
+    found = batches(shards, config, 60, mixed=[other])
+    sources = [Mix((1, 0.5), 3).at(position)[0] for position in range(60)]
+    first, second = ([batch.keys[0] for batch, source in zip(found, sources, strict=True) if source == s] for s in (0, 1))
+    alone = batches(shards, tiny_config("train.batch=1", "seed=3"), len(first))
+    assert first == [batch.keys[0] for batch in alone]
+    assert all(sorted(second[i : i + 2]) == ["image_0", "image_1"] for i in range(0, len(second) - 1, 2)) and len(second) > 10
+    resumed = batches(shards, config, 10, mixed=[other], consumed=50)
+    assert all(same(a, b) for a, b in zip(found[50:], resumed, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -98,7 +111,7 @@ def test_a_damaged_sample_is_replaced_by_its_successor_and_named(tmp_path, make_
     index = make_shards(tmp_path / "set")
     damage(index, 4)
     config = tiny_config("train.batch=1")
-    plan = Plan((3, 3, 1), 0, config.data.shuffle_window)
+    plan = Order((3, 3, 1), (0, 0), config.data.shuffle_window)
     place = next(p for p in range(7) if plan.sample(p)[1] == 4)
     found = batches(index, config, 7)
     successor = list(plan.successors(place))[1][1]
@@ -138,8 +151,8 @@ def test_a_cam_becomes_a_seed_by_the_thresholds(tmp_path, make_shards, tiny_conf
     assert cam_maps(sample).shape == (2, 48, 64) and cam_maps(sample).max() == 1.0
     seeds = tiny_config("seeds.background=0.3", "seeds.foreground=0.6").seeds
     assert seed_mask(sample, seeds)[0, [2, 24, 40, 60]].tolist() == [1, 255, 0, 3]
-    (batch,) = batches(index, tiny_config("train.batch=1", "seeds.background=0.3", "seeds.foreground=0.6"), 1)
-    assert {1, 255, 0, 3} == set(batch.seeds.unique().tolist())
+    found = batches(index, tiny_config("train.batch=4", "seeds.background=0.3", "seeds.foreground=0.6"), 2)
+    assert {1, 255, 0, 3} == set(torch.cat([batch.seeds for batch in found]).unique().tolist())
 
 
 def test_an_image_without_classes_is_background_and_needs_no_cam(tmp_path, make_shards, tiny_config):

@@ -1,15 +1,31 @@
-"""Augmentation: image and seed stay together, what is drawn depends on the generator alone, colours move as HSV says."""
+"""Augmentation: the published crops, image and seed together, drawn from the generator alone; colours move as HSV says."""
 
 from __future__ import annotations
+
+import io
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from weakclip.config import AugmentConfig
+from weakclip.data import transforms
+from weakclip.data.decoders import decode_jpeg
 from weakclip.data.plan import generator
-from weakclip.data.transforms import IMAGENET, NORMALISATIONS, augment, distort, draw_photometric, scaled_size
+from weakclip.data.transforms import (
+    IMAGENET,
+    NORMALISATIONS,
+    distort,
+    draw_crop,
+    draw_photometric,
+    resize_image,
+    resize_window,
+    scaled_size,
+)
 from weakclip.pretrained import open_clip
 
 
@@ -25,6 +41,29 @@ def seed_of(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def config(**changes) -> AugmentConfig:
     return AugmentConfig(**({"crop": 48, "ratio": [1.0, 1.0], "max_class_share": 1.0, "photometric": False} | changes))
+
+
+def augment(image_HW3: np.ndarray, seed_HW: np.ndarray, rng: np.random.Generator, config: AugmentConfig, scale):
+    return transforms.augment(lambda least: image_HW3, seed_HW, (), rng, config, scale)
+
+
+def published(image_HW3: np.ndarray, seed_HW: np.ndarray, rng: np.random.Generator, config: AugmentConfig, scale):
+    """The order of work of mmseg's transforms: the whole image is resized, then cropped, flipped and padded."""
+    size = scaled_size(*seed_HW.shape, scale, rng.uniform(*config.ratio))
+    image_HW3 = resize_image(image_HW3, size)
+    seed_HW = cv2.resize(seed_HW, size[::-1], interpolation=cv2.INTER_NEAREST)
+    for _ in range(10):
+        top, left = (rng.integers(max(side - config.crop, 0) + 1) for side in size)
+        window = slice(top, top + config.crop), slice(left, left + config.crop)
+        counts = np.bincount(seed_HW[window].ravel(), minlength=256)[:255]
+        if (counts > 0).sum() > 1 and counts.max() < config.max_class_share * counts.sum():
+            break
+    image_HW3, seed_HW = image_HW3[window], seed_HW[window]
+    if rng.random() < config.flip:
+        image_HW3, seed_HW = image_HW3[:, ::-1], seed_HW[:, ::-1]
+    bottom, right = config.crop - seed_HW.shape[0], config.crop - seed_HW.shape[1]
+    image_HW3 = np.pad(image_HW3, ((0, bottom), (0, right), (0, 0)))
+    return image_HW3, np.pad(seed_HW, ((0, bottom), (0, right)), constant_values=255)
 
 
 # ------------------------------------------------------------------------------------------------------------- geometry
@@ -128,6 +167,58 @@ def test_ignored_pixels_do_not_count_in_a_crops_shares():
 def test_a_seed_of_one_value_ends_after_ten_draws(value):
     seed_HW = augment(np.zeros((64, 64, 3), np.uint8), np.full((64, 64), value, np.uint8), generator(0), config(), (64, 64))[1]
     assert (seed_HW == value).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    H=st.integers(1, 90), W=st.integers(1, 90), number=st.integers(0, 10**6), values=st.sampled_from([(0,), (0, 7), (0, 7, 255)]),
+    crop=st.integers(1, 70), share=st.sampled_from([0.3, 0.75, 1.0]), likely=st.sampled_from([(), (7,), (3, 7)]),
+)  # fmt: skip
+def test_crops_are_those_of_the_published_order_of_work(H, W, number, values, crop, share, likely):
+    rng = generator(number)
+    image_HW3 = rng.integers(0, 256, (H, W, 3), np.uint8)
+    seed_HW = cv2.resize(rng.choice(np.array(values, np.uint8), (5, 5)), (W, H), interpolation=cv2.INTER_NEAREST)
+    options = AugmentConfig(crop=crop, max_class_share=share, ratio=[0.3, 2.5])
+    want_image, want_seed = published(image_HW3, seed_HW, generator(number), options, (120, 60))
+    image, seed, _ = transforms.augment(lambda least: image_HW3, seed_HW, likely, generator(number), options, (120, 60))
+    np.testing.assert_array_equal(seed, want_seed)
+    # Noise is the worst there is: a neighbour may differ by 255, of which 1/64 is 4, along both axes, and all is rounded.
+    assert np.abs(image.astype(int) - want_image).max() <= 9
+
+
+def test_real_crops_differ_from_the_published_ones_by_a_grey_level_in_places(coco_mini):
+    differences = []
+    for number, path in enumerate(sorted((coco_mini / "train2014").iterdir())[:20]):
+        image_HW3 = np.array(Image.open(path).convert("RGB"))
+        seed_HW = np.zeros(image_HW3.shape[:2], np.uint8)
+        image, _ = augment(image_HW3, seed_HW, generator(number), AugmentConfig(), (2048, 512))[:2]
+        want, _ = published(image_HW3, seed_HW, generator(number), AugmentConfig(), (2048, 512))
+        differences.append(np.abs(image.astype(int) - want))
+    assert np.mean(differences) < 0.1 and np.max(differences) <= 9
+
+
+def test_a_window_of_everything_is_resized_exactly():
+    image_HW3 = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    found = resize_window(image_HW3, (37, 53), (61, 40), (slice(0, 61), slice(0, 40)))
+    np.testing.assert_array_equal(found, resize_image(image_HW3, (61, 40)))
+
+
+@pytest.mark.parametrize("H, W", [(1000, 1403), (1405, 997), (640, 1280)])
+@pytest.mark.parametrize("factor", [0.07, 0.11, 0.2, 0.3, 0.45])
+def test_an_image_that_was_decoded_reduced_keeps_its_place(H, W, factor):
+    """Soft spots at 1/2, 3/8, 1/4 or 1/8 of their size, against the same resized whole."""
+    noise_HW3 = np.random.default_rng(0).normal(size=(H, W, 3)).astype(np.float32)
+    spots_HW3 = cv2.normalize(cv2.GaussianBlur(noise_HW3, (0, 0), 3 / factor), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(spots_HW3).save(buffer, "JPEG", quality=98, subsampling=0)
+    options = AugmentConfig(crop=64, ratio=[factor, factor])
+    for number in range(5):
+        crop, _ = draw_crop(np.zeros((H, W), np.uint8), (), generator(number), options, (max(H, W), min(H, W)))
+        reduced_HW3 = decode_jpeg(buffer.getvalue(), (H, W), crop.size)
+        assert max(reduced_HW3.shape) <= max(H, W) / 2 + 1
+        found, want = (crop.of_image(image, (H, W)).astype(int) for image in (reduced_HW3, spots_HW3))
+        aligned = np.abs(found - want).mean()
+        assert all(aligned < 0.25 * np.abs(found - np.roll(want, 1, axis)).mean() for axis in (0, 1))
 
 
 # --------------------------------------------------------------------------------------------------------------- colours

@@ -20,8 +20,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from weakclip.config import ConfigError, DataConfig
+from weakclip.data.cache import File
+from weakclip.data.decoders import decode_jpeg, decode_mask_png
+from weakclip.data.storage import LocalStorage, RemoteStorage, Storage, StorageError
 from weakclip.files import write_whole
 from weakclip.labels import IGNORE
 
@@ -74,54 +79,57 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One tar file: its name in the set's directory, its size in bytes, its SHA-256, its samples in order."""
+class Shard(File):
+    """One tar file and its samples in order."""
 
-    name: str
-    bytes: int
-    sha256: str
     samples: tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
 class Index:
-    """A shard set: the directory, the class names by class index, and the shards."""
+    """A shard set: where it lies, the class names by class index, and the shards."""
 
-    root: Path
+    storage: Storage
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
 
     @classmethod
-    def load(cls, path: str | Path) -> Index:
-        """Read and check the index at `path`, a shard set's directory or its index.json.
+    def load(cls, path: str | Path, options: DataConfig | None = None) -> Index:
+        """Read and check the index at `path`: a shard set's directory or URL, or that of its index.json.
 
-        Raises ShardError when it is not an index of this format, when a key stands in it twice, when a sample lies
-        outside its shard, or when a shard file is missing or not of the size the index gives.
+        options: how to read from a URL. Raises ShardError when it is not an index of this format, when a key stands in it
+        twice, when a sample lies outside its shard, or when a shard file of a directory is missing or not of the size the
+        index gives; StorageError when a URL cannot be read; ConfigError when the cache is too small for the shuffle window.
         """
-        path = Path(path)
-        file = path if path.name == INDEX else path / INDEX
+        folder, _, name = str(path).rpartition("/")
+        storage = Storage.of(folder if name == INDEX else path, options)
+        file = f"{storage}/{INDEX}"
         try:
-            raw = json.loads(file.read_bytes())
+            raw = json.loads(storage.read(INDEX))
         except FileNotFoundError:
             raise ShardError(f"{file}: no such file; `python shards/build.py` makes a shard set") from None
+        except StorageError:
+            raise
         except (OSError, ValueError, RecursionError) as error:
             raise ShardError(f"{file}: cannot be read ({error}); {_REPAIR}") from None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise ShardError(f"{file}: not a shard index of format {FORMAT}; build the set again with this version")
-        classes = _field(raw, "classes", list, str(file))
+        classes = _field(raw, "classes", list, file)
         if not all(isinstance(c, str) for c in classes) or not 2 <= len(set(classes)) == len(classes) <= IGNORE:
             raise ShardError(f"{file}: 'classes' must be 2 to {IGNORE} different names")
-        shards = tuple(_parse_shard(item, file) for item in _field(raw, "shards", list, str(file)))
-        index = cls(file.parent, tuple(classes), shards)
+        shards = tuple(_parse_shard(item, file) for item in _field(raw, "shards", list, file))
+        index = cls(storage, tuple(classes), shards)
         index._check()
+        if isinstance(storage, RemoteStorage):
+            _check_cache(shards, options or DataConfig())
         return index
 
     def _check(self) -> None:
         for what, names in (("shard", [s.name for s in self.shards]), ("key", [e.key for e in self.entries])):
             if len(set(names)) < len(names):
                 twice = next(name for name, count in Counter(names).items() if count > 1)
-                raise ShardError(f"{self.root / INDEX}: {what} {twice!r} stands in it twice; keys must differ in a set")
-        for shard in self.shards:
+                raise ShardError(f"{self.storage}/{INDEX}: {what} {twice!r} stands in it twice; keys must differ in a set")
+        for shard in self.shards if isinstance(self.storage, LocalStorage) else ():
             file = self.root / shard.name
             size = file.stat().st_size if file.is_file() else None
             if size != shard.bytes:
@@ -138,13 +146,36 @@ class Index:
         write_whole(self.root / INDEX, text + "\n")
 
     @property
+    def root(self) -> Path:
+        """The set's directory. Raises ShardError where it lies at a URL."""
+        if not isinstance(self.storage, LocalStorage):
+            raise ShardError(f"{self.storage}: this needs a shard set on a local disk; copy it there")
+        return self.storage.root
+
+    @cached_property
+    def _shard_of(self) -> dict[str, Shard]:
+        return {shard.name: shard for shard in self.shards}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 that tells this set from one with other shards, in another order or of another size."""
+        return hashlib.sha256(json.dumps([(s.name, s.sha256, len(s.samples)) for s in self.shards]).encode()).hexdigest()
+
+    @property
     def entries(self) -> tuple[Entry, ...]:
         """All samples of all shards, in order."""
         return tuple(entry for shard in self.shards for entry in shard.samples)
 
 
-def _parse_shard(raw: Any, file: Path) -> Shard:
-    name = _field(raw, "name", str, str(file))
+def _check_cache(shards: Sequence[Shard], options: DataConfig) -> None:
+    window = sum(sorted(shard.bytes for shard in shards)[-options.shuffle_window :])
+    if options.cache and window > options.cache_gib * 2**30:
+        what = f"the {options.shuffle_window} largest shards are {window / 2**30:.3g} GiB and would be fetched again and again"
+        raise ConfigError(f"data.cache_gib={options.cache_gib:g}: {what}; raise it, or lower data.shuffle_window")
+
+
+def _parse_shard(raw: Any, file: str) -> Shard:
+    name = _field(raw, "name", str, file)
     where = f"{file}: shard {name!r}"
     size, sha256 = _field(raw, "bytes", int, where), _field(raw, "sha256", str, where)
     if not _SHARD_NAME.fullmatch(name) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
@@ -241,6 +272,19 @@ class Sample:
         return {ext: data for ext, data in parts.items() if data is not None}
 
 
+@dataclass(frozen=True)
+class PackedSample:
+    """A sample whose members are written as they are: extension -> bytes. source: where they come from, for messages."""
+
+    key: str
+    parts: dict[str, bytes]
+    source: str
+
+    def encode(self) -> dict[str, bytes]:
+        """The sample's members: extension -> bytes."""
+        return self.parts
+
+
 @dataclass(frozen=True, eq=False)
 class DecodedSample:
     """A sample as arrays, checked.
@@ -256,6 +300,38 @@ class DecodedSample:
     seed: np.ndarray | None
     mask: np.ndarray | None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """H, W of the image."""
+        return self.image.shape[0], self.image.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class OpenSample:
+    """A sample as training begins with it: as a DecodedSample, but the picture is still to be decoded.
+
+    size: H, W of the picture. cam: None as well where there is a seed.
+    """
+
+    entry: Entry
+    size: tuple[int, int]
+    classes: tuple[int, ...]
+    cam: Cam | None
+    seed: np.ndarray | None
+    parts: dict[str, bytes]
+
+    @property
+    def key(self) -> str:
+        return self.entry.key
+
+    def decode_picture(self, least: tuple[int, int]) -> np.ndarray:
+        """The picture, uint8 H x W x 3, or what a JPEG's decoder makes of it at 1/2, 3/8, 1/4 or 1/8 of its size.
+
+        The latter where that is still H, W = `least` or more. Raises ShardError when it is damaged.
+        """
+        with _naming(self.entry):
+            return _decode_picture(self.parts, self.size, least)
+
 
 def decode_sample(parts: dict[str, bytes], entry: Entry, num_classes: int) -> DecodedSample:
     """Decode and check one sample; `parts` is what `read_entry` returns, `num_classes` is K.
@@ -263,34 +339,45 @@ def decode_sample(parts: dict[str, bytes], entry: Entry, num_classes: int) -> De
     Raises ShardError naming shard and key when a part is damaged, missing or unknown, or when the parts do not fit each
     other: another size than the image's, a class outside 1..K-1, a CAM of a class the image is not labelled with.
     """
-    try:
+    with _naming(entry):
         return _decode(parts, entry.key, num_classes)
+
+
+def open_sample(parts: dict[str, bytes], entry: Entry, num_classes: int) -> OpenSample:
+    """What training needs of a sample; the mask is not looked at, nor the CAM where there is a seed.
+
+    Raises ShardError as `decode_sample` does; for damage of the picture only when that is decoded.
+    """
+    with _naming(entry):
+        size_HW, classes = _decode_about(parts, entry.key, num_classes)
+        seed_HW = decode_mask(parts.get("seed.png"), "seed.png", size_HW, num_classes)
+        cam = _decode_cam(parts, size_HW, classes) if seed_HW is None else None
+        return OpenSample(entry, size_HW, classes, cam, seed_HW, parts)
+
+
+@contextmanager
+def _naming(entry: Entry) -> Iterator[None]:
+    try:
+        yield
     except ShardError as error:
         raise ShardError(f"{entry.shard}: {entry.key}: {error}; {_REPAIR}") from None
 
 
 def _decode(parts: dict[str, bytes], key: str, num_classes: int) -> DecodedSample:
-    if unknown := parts.keys() - _PARTS:
-        raise ShardError(f"unknown part {min(unknown)!r}")
-    if len(extensions := parts.keys() & {"jpg", "png"}) != 1 or "json" not in parts:
-        raise ShardError(f"needs one image and one json, has {', '.join(sorted(parts)) or 'nothing'}")
-    size_HW, classes = _decode_about(parts["json"], key, num_classes)
-    (extension,) = extensions
-    with _open_image(parts[extension], extension, size_HW) as image:
-        image_HW3 = _to_rgb(image)
-    cam = Cam.decode(parts["cam.npz"]) if "cam.npz" in parts else None
-    if cam and (strangers := set(cam.classes) - set(classes)):
-        raise ShardError(f"CAM of class {min(strangers)}, which the image's labels {list(classes)} do not hold")
-    if cam and not cam.fits(*size_HW):
-        raise ShardError(f"CAM of {cam.maps_nhw.shape[1:]} at scale {cam.scale:.3f} does not fit an image of {size_HW}")
-    masks = [_decode_mask(parts.get(name), name, size_HW, num_classes) for name in ("seed.png", "mask.png")]
+    size_HW, classes = _decode_about(parts, key, num_classes)
+    image_HW3, cam = _decode_picture(parts, size_HW), _decode_cam(parts, size_HW, classes)
+    masks = [decode_mask(parts.get(name), name, size_HW, num_classes) for name in ("seed.png", "mask.png")]
     return DecodedSample(key, image_HW3, classes, cam, *masks)
 
 
-def _decode_about(data: bytes, key: str, num_classes: int) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Image size (H, W) and classes present from a sample's KEY.json."""
+def _decode_about(parts: dict[str, bytes], key: str, num_classes: int) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Image size (H, W) and classes present from a sample's KEY.json, once its parts are those of a sample."""
+    if unknown := parts.keys() - _PARTS:
+        raise ShardError(f"unknown part {min(unknown)!r}")
+    if len(parts.keys() & {"jpg", "png"}) != 1 or "json" not in parts:
+        raise ShardError(f"needs one image and one json, has {', '.join(sorted(parts)) or 'nothing'}")
     try:
-        about = json.loads(data)
+        about = json.loads(parts["json"])
     except (ValueError, RecursionError) as error:
         raise ShardError(f"its json cannot be read ({error})") from None
     if _field(about, "id", str, "its json") != key:
@@ -300,6 +387,24 @@ def _decode_about(data: bytes, key: str, num_classes: int) -> tuple[tuple[int, i
     if not all(_is_count(c) and 1 <= c < num_classes for c in classes) or classes != sorted(set(classes)):
         raise ShardError(f"classes {classes!r:.80} are not ascending indices within 1..{num_classes - 1}")
     return (_field(about, "height", int, "its json"), _field(about, "width", int, "its json")), tuple(classes)
+
+
+def _decode_cam(parts: dict[str, bytes], size_HW: tuple[int, int], classes: Sequence[int]) -> Cam | None:
+    cam = Cam.decode(parts["cam.npz"]) if "cam.npz" in parts else None
+    if cam and (strangers := set(cam.classes) - set(classes)):
+        raise ShardError(f"CAM of class {min(strangers)}, which the image's labels {list(classes)} do not hold")
+    if cam and not cam.fits(*size_HW):
+        raise ShardError(f"CAM of {cam.maps_nhw.shape[1:]} at scale {cam.scale:.3f} does not fit an image of {size_HW}")
+    return cam
+
+
+def _decode_picture(parts: dict[str, bytes], size_HW: tuple[int, int], least_HW: tuple[int, int] | None = None) -> np.ndarray:
+    """uint8 H x W x 3; smaller, where it is a JPEG that can be decoded at half its size or less and still be `least_HW`."""
+    (extension,) = parts.keys() & {"jpg", "png"}
+    if extension == "jpg" and (image_HW3 := decode_jpeg(parts["jpg"], size_HW, least_HW or size_HW)) is not None:
+        return image_HW3
+    with _open_image(parts[extension], extension, size_HW) as image:
+        return _to_rgb(image)
 
 
 def _open_image(data: bytes, what: str, size_HW: tuple[int, int]) -> Image.Image:
@@ -324,32 +429,43 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _decode_mask(data: bytes | None, what: str, size_HW: tuple[int, int], num_classes: int) -> np.ndarray | None:
-    """uint8 H x W of class indices and 255; None for a part the sample has not."""
+def decode_mask(data: bytes | None, what: str, size_HW: tuple[int, int], num_classes: int) -> np.ndarray | None:
+    """uint8 H x W of class indices and 255; None for a part the sample has not.
+
+    Raises ShardError naming the part `what` when it is no 8-bit PNG of this size, or holds a class outside 0..K-1.
+    """
     if data is None:
         return None
+    mask_HW = decode_mask_png(data, size_HW)
+    if mask_HW is None:
+        mask_HW = _decode_any_mask(data, what, size_HW)
+    if mask_HW.max() >= num_classes and (mask_HW + np.uint8(1)).max() > num_classes:  # IGNORE, 255, becomes 0
+        wrong = mask_HW[(mask_HW >= num_classes) & (mask_HW != IGNORE)][0]
+        raise ShardError(f"{what} holds {wrong}, which is neither 0..{num_classes - 1} nor {IGNORE}")
+    return mask_HW
+
+
+def _decode_any_mask(data: bytes, what: str, size_HW: tuple[int, int]) -> np.ndarray:
     with _open_image(data, what, size_HW) as image:
         # Pillow stretches grey of fewer bits to 0..255, so the depth (byte 24 of a PNG) must be 8 to hold indices.
         if image.mode != "P" and (image.mode != "L" or data[24] != 8):
             raise ShardError(f"{what} must be 8-bit grey or palette, is {image.mode}; save class indices, not colours")
-        mask_HW = np.array(image)
-    wrong_HW = (mask_HW >= num_classes) & (mask_HW != IGNORE)
-    if wrong_HW.any():
-        raise ShardError(f"{what} holds {mask_HW[wrong_HW][0]}, which is neither 0..{num_classes - 1} nor {IGNORE}")
-    return mask_HW
+        return np.array(image)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_entry(root: Path, entry: Entry) -> dict[str, bytes]:
-    """The sample's members (extension -> bytes), by one seek and one read. Raises ShardError as `parse_group` does."""
+def read_entry(index: Index, entry: Entry) -> dict[str, bytes]:
+    """The sample's members (extension -> bytes), by one seek and one read.
+
+    Raises ShardError as `parse_group` does, StorageError when a URL cannot be read.
+    """
     try:
-        with open(root / entry.shard, "rb", buffering=0) as file:
-            file.seek(entry.offset)
-            data = file.read(entry.length)
+        data = index.storage.read_range(index._shard_of[entry.shard], entry.offset, entry.length)
     except OSError as error:
-        raise ShardError(f"{root / entry.shard}: {entry.key}: cannot be read ({error.strerror}); {_REPAIR}") from None
+        where = f"{index.storage}/{entry.shard}: {entry.key}"
+        raise ShardError(f"{where}: cannot be read ({error.strerror}); {_REPAIR}") from None
     return parse_group(data, entry)
 
 
@@ -363,17 +479,19 @@ def parse_group(data: bytes, entry: Entry) -> dict[str, bytes]:
         raise ShardError(f"{where}: {len(data)} bytes where the index has {entry.length}; {_REPAIR}")
     parts: dict[str, bytes] = {}
     end = 0
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            for member in archive:
-                key, _, extension = member.name.partition(".")
-                if key != entry.key or extension in parts or not member.isreg():
-                    raise ShardError(f"{where}: unexpected member {member.name!r:.100}; {_REPAIR}")
-                parts[extension] = data[member.offset_data : member.offset_data + member.size]
-                end = member.offset_data + math.ceil(member.size / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    except (tarfile.TarError, OSError, EOFError, OverflowError) as error:
-        raise ShardError(f"{where}: not tar members ({error}); {_REPAIR}") from None
-    if end != len(data):  # tarfile takes a damaged header for the end
+    while end < len(data):
+        try:
+            # Header by header, since opening an archive takes longer than all of these; one of another kind isn't ours.
+            member = tarfile.TarInfo.frombuf(data[end : end + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+        except tarfile.TarError as error:
+            raise ShardError(f"{where}: not tar members ({error}); {_REPAIR}") from None
+        key, _, extension = member.name.partition(".")
+        if key != entry.key or extension in parts or not member.isreg() or member.size < 0:
+            raise ShardError(f"{where}: unexpected member {member.name!r:.100}; {_REPAIR}")
+        start = end + tarfile.BLOCKSIZE
+        parts[extension] = data[start : start + member.size]
+        end = start + math.ceil(member.size / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    if end != len(data):
         raise ShardError(f"{where}: tar members end at byte {end} of {len(data)}; {_REPAIR}")
     return parts
 
@@ -392,7 +510,7 @@ def sha256(file: Path) -> str:
 
 def build_shards(
     items: Sequence[T],
-    load: Callable[[T], Sample],
+    load: Callable[[T], Sample | PackedSample],
     out: str | Path,
     classes: Sequence[str],
     samples_per_shard: int = 256,
@@ -421,13 +539,13 @@ def build_shards(
             for shard in map_in_processes(partial(_write_shard, load, len(classes)), processes, paths, chunks):
                 shards.append(shard)
                 bar.update(len(shard.samples))
-        Index(work, tuple(classes), tuple(shards)).save()
+        Index(Storage.of(work), tuple(classes), tuple(shards)).save()
         index = Index.load(work)
         work.rename(out)
     except BaseException:
         shutil.rmtree(work)
         raise
-    return replace(index, root=out)
+    return replace(index, storage=Storage.of(out))
 
 
 def _claim(out: Path) -> Path:
@@ -472,7 +590,7 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _write_shard(load: Callable[[T], Sample], num_classes: int, path: Path, items: Sequence[T]) -> Shard:
+def _write_shard(load: Callable[[T], Sample | PackedSample], num_classes: int, path: Path, items: Sequence[T]) -> Shard:
     from webdataset.writer import TarWriter  # imports torch, which those who only read shards need not load
 
     entries = []

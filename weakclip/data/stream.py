@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,40 +13,53 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from weakclip.config import Config, SeedConfig
+from weakclip.config import Config, DataConfig, SeedConfig
 from weakclip.data import plan, transforms
-from weakclip.data.shard import DecodedSample, Entry, Index, ShardError, decode_sample, read_entry
+from weakclip.data.shard import DecodedSample, Entry, Index, OpenSample, ShardError, decode_sample, open_sample, read_entry
+from weakclip.data.storage import StorageError
+from weakclip.interrupt import ignore_in_worker
 from weakclip.labels import check_same
 from weakclip.seeds import cam_to_seed
+
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
     keys: list[str]
     images: Tensor
-    """uint8 B x 3 x c x c."""
+    """uint8 B x 3 x c x c, in memory B x c x c x 3."""
     seeds: Tensor
-    """int64 B x c x c."""
+    """uint8 B x c x c."""
     photometric: Tensor
-    """float32 B x 5: the draws that transforms.to_device applies."""
+    """float32 B x 5: the draws that transforms.distort applies."""
     bad: list[str]
     """What was wrong with samples that were skipped on the way, one line each."""
 
 
-def open_index(path: str, class_names: Sequence[str]) -> Index:
-    """The shard set at `path`, whose class list must be `class_names`."""
-    index = Index.load(path)
-    check_same(class_names, index.classes, str(index.root))
+def open_index(path: str, class_names: Sequence[str], options: DataConfig | None = None) -> Index:
+    """The shard set at `path`, a directory or a URL read as `options` say, whose class list must be `class_names`."""
+    index = Index.load(path, options)
+    check_same(class_names, index.classes, str(index.storage))
     return index
 
 
 def load(index: Index, entry: Entry) -> DecodedSample:
-    """One sample, by one seek and one read. Raises ShardError when it is damaged."""
-    return decode_sample(read_entry(index.root, entry), entry, len(index.classes))
+    """One sample, by one seek and one read. Raises ShardError when it is damaged, StorageError when a URL cannot be read."""
+    return _read(index, entry, lambda parts: decode_sample(parts, entry, len(index.classes)))
 
 
-def cam_maps(sample: DecodedSample) -> np.ndarray:
+def _read(index: Index, entry: Entry, decode: Callable[[dict[str, bytes]], T]) -> T:
+    try:
+        return decode(read_entry(index, entry))
+    except ShardError:
+        if index.storage.checked:
+            raise
+    return decode(read_entry(index, entry))  # the network may have changed it
+
+
+def cam_maps(sample: DecodedSample | OpenSample) -> np.ndarray:
     """The sample's activation maps at the image's size, float32 n x H x W in 0..1. Raises ShardError where it has none."""
-    H, W = sample.image.shape[:2]
+    H, W = sample.size
     if sample.cam is None:
         if sample.classes:
             raise ShardError(f"{sample.key}: neither CAM nor seed; build the shards with --cams")
@@ -54,7 +68,7 @@ def cam_maps(sample: DecodedSample) -> np.ndarray:
     return np.stack(maps_nHW) if maps_nHW else np.zeros((0, H, W), np.float32)
 
 
-def seed_mask(sample: DecodedSample, config: SeedConfig) -> np.ndarray:
+def seed_mask(sample: DecodedSample | OpenSample, config: SeedConfig) -> np.ndarray:
     """The sample's own seed mask, or the one its CAM gives: uint8 H x W."""
     if sample.seed is not None:
         return sample.seed
@@ -62,11 +76,44 @@ def seed_mask(sample: DecodedSample, config: SeedConfig) -> np.ndarray:
     return cam_to_seed(cam_maps(sample), classes, config.background, config.foreground)
 
 
+class Candidate(NamedTuple):
+    source: Index
+    entry: Entry
+    key: tuple[int, ...]
+    """Of the generator that the sample is augmented with."""
+
+
+class Source:
+    """One shard set in training: its samples in its own order."""
+
+    def __init__(self, index: Index, key: tuple[int, ...], window: int) -> None:
+        sizes = [len(shard.samples) for shard in index.shards]
+        self.index, self.order = index, plan.Order(sizes, key, window)
+        self._starts = np.cumsum([0, *sizes])
+        self._window: plan.Window | None = None
+
+    def candidates(self, position: int) -> Iterator[Candidate]:
+        """The sample at a position of this source's order, then those that replace it if it is damaged."""
+        self._prefetch(position)
+        for epoch, number in self.order.successors(position):
+            shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+            entry = self.index.shards[shard].samples[number - self._starts[shard]]
+            yield Candidate(self.index, entry, (plan.AUGMENT, *self.order.key, epoch, number))
+
+    def _prefetch(self, position: int) -> None:
+        """As reading enters a window: fetch its shards, then those of the next one."""
+        window = self.order.window_at(position)
+        if window is not self._window:
+            self._window = window
+            shards = [*window.shards, *self.order.following(window, position).shards]
+            self.index.storage.prefetch([self.index.shards[shard] for shard in shards])
+
+
 @dataclass(frozen=True)
 class TrainingSamples(IterableDataset[dict[str, Any]]):
     """Iterates over the augmented samples of the micro-batches that this loader process is to make."""
 
-    index: Index
+    sources: tuple[Index, ...]
     config: Config
     consumed: int
     rank: int
@@ -75,30 +122,35 @@ class TrainingSamples(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        sizes = tuple(len(shard.samples) for shard in self.index.shards)
-        order = plan.Plan(sizes, self.config.seed, self.config.data.shuffle_window)
-        entries = self.index.entries
-        batch = self.config.train.batch
-        for positions in plan.micro_batches(self.consumed, batch, self.ranks, self.rank, workers, worker):
+        config = self.config
+        sources = [Source(index, (config.seed, number), config.data.shuffle_window) for number, index in enumerate(self.sources)]
+        mix = plan.Mix((1.0, *config.data.mix.values()), config.seed)
+        for positions in plan.micro_batches(self.consumed, config.train.batch, self.ranks, self.rank, workers, worker):
             for position in positions:
-                yield self._load(order, entries, position)
+                number, place = mix.at(position)
+                yield self._load(sources[number].candidates(place))
 
-    def _load(self, order: plan.Plan, entries: Sequence[Entry], position: int) -> dict[str, Any]:
-        """The sample at `position`, or the next readable one, so that every rank's batch stays full."""
-        bad = []
-        for epoch, number in order.successors(position):
+    def _load(self, candidates: Iterator[Candidate]) -> dict[str, Any]:
+        """The first readable one, so that every rank's batch stays full."""
+        bad: list[str] = []
+        for index, entry, key in candidates:
             try:
-                sample = load(self.index, entries[number])
-                seed_HW = seed_mask(sample, self.config.seeds)
+                augmented = partial(self._augmented, entry, len(index.classes), key)
+                return {"key": entry.key, **_read(index, entry, augmented), "bad": bad}
             except ShardError as error:
                 bad.append(str(error))
                 if len(bad) > self.config.data.max_bad_samples:
                     break
-                continue
-            rng = plan.generator(self.config.seed, epoch, number)
-            image, seed, draws = transforms.augment(sample.image, seed_HW, rng, self.config.augment, self.config.data.scale)
-            return {"key": sample.key, "image": image, "seed": seed, "photometric": draws, "bad": bad}
         raise ShardError(too_many_bad(bad, self.config.data.max_bad_samples))
+
+    def _augmented(self, entry: Entry, num_classes: int, key: tuple[int, ...], parts: dict[str, bytes]) -> dict[str, np.ndarray]:
+        """The picture is decoded last, when it is known at which size it is needed."""
+        sample = open_sample(parts, entry, num_classes)
+        seed_HW = seed_mask(sample, self.config.seeds)
+        image, seed, draws = transforms.augment(
+            sample.decode_picture, seed_HW, sample.classes, plan.generator(*key), self.config.augment, self.config.data.scale
+        )
+        return {"image": image, "seed": seed, "photometric": draws}
 
 
 def too_many_bad(bad: Sequence[str], limit: int) -> str:
@@ -108,19 +160,31 @@ def too_many_bad(bad: Sequence[str], limit: int) -> str:
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:
     return Batch(
         keys=[sample["key"] for sample in samples],
-        images=torch.from_numpy(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2).contiguous(),
-        seeds=torch.from_numpy(np.stack([sample["seed"] for sample in samples])).long(),
+        images=torch.from_numpy(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2),
+        seeds=torch.from_numpy(np.stack([sample["seed"] for sample in samples])),
         photometric=torch.from_numpy(np.stack([sample["photometric"] for sample in samples])),
         bad=[message for sample in samples for message in sample["bad"]],
     )
 
 
-def training_batches(index: Index, config: Config, consumed: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-    """Endless micro-batches of one rank, going on after `consumed` samples of the whole run."""
-    samples = TrainingSamples(index, config, consumed, rank, ranks)
+def training_batches(
+    index: Index, config: Config, consumed: int = 0, rank: int = 0, ranks: int = 1, mixed: Sequence[Index] = ()
+) -> Generator[Batch]:
+    """Endless micro-batches of one rank, going on after `consumed` samples of the whole run.
+
+    mixed: the further sets that `data.mix` weighs, in its order.
+    """
+    samples = TrainingSamples((index, *mixed), config, consumed, rank, ranks)
     pipeline = wds.DataPipeline(samples, wds.batched(config.train.batch, collation_fn=collate, partial=False))
     workers = config.data.workers
-    return _unwrapped(wds.WebLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available()))
+    loader = wds.WebLoader(
+        pipeline,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_in_worker,
+    )
+    return _unwrapped(loader)
 
 
 @dataclass(frozen=True)
@@ -155,12 +219,12 @@ def _identity(sample: Any) -> Any:
     return sample
 
 
-def _unwrapped(loader: Iterable[Any]) -> Iterator[Any]:
+def _unwrapped(loader: Iterable[Any]) -> Generator[Any]:
     """The loader's items; a loader process wraps an error's one line in its traceback, here it comes out again."""
     try:
         yield from loader
-    except ShardError as error:
-        raise ShardError(str(error).strip().splitlines()[-1].rpartition("ShardError: ")[2]) from None
+    except (ShardError, StorageError) as error:
+        raise type(error)(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from None
 
 
 def select_shards(index: Index, subset: str | None) -> list[Entry]:
@@ -177,5 +241,5 @@ def select_shards(index: Index, subset: str | None) -> list[Entry]:
     except (ValueError, IndexError, TypeError):
         chosen = ()
     if not chosen:
-        raise ValueError(f"--shards {subset}: {index.root} has shards 0..{len(shards) - 1}; write 3 for one, 0:8 for a range")
+        raise ValueError(f"--shards {subset}: {index.storage} has shards 0..{len(shards) - 1}; write 3 for one, 0:8 for a range")
     return [entry for shard in chosen for entry in shard.samples]

@@ -5,7 +5,9 @@ Geometry runs in the loader on 8-bit arrays, photometric distortion on the devic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import cv2
@@ -38,64 +40,149 @@ NORMALISATIONS = {
     "clip": Normalisation((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),
 }
 
+Size = tuple[int, int]
+"""H, W in pixels."""
+Window = tuple[slice, slice]
+"""Rows and columns."""
+
 cv2.setNumThreads(0)  # a loader process has one core
 
 
-def scaled_size(H: int, W: int, scale: Sequence[int], factor: float) -> tuple[int, int]:
+def scaled_size(H: int, W: int, scale: Sequence[int], factor: float) -> Size:
     """Size of an H x W image resized, keeping its shape, into `scale` (long, short side) times `factor`."""
     long_side, short_side = (int(side * factor) for side in scale)
     ratio = min(long_side / max(H, W), short_side / min(H, W))
     return max(1, int(H * ratio + 0.5)), max(1, int(W * ratio + 0.5))
 
 
-def resize_image(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_image(image_HWC: np.ndarray, size: Size) -> np.ndarray:
     """Bilinear without anti-aliasing, as published (mmcv resizes with OpenCV)."""
     return cv2.resize(image_HWC, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
+class _Span(NamedTuple):
+    """One axis of a part of an image that is resized by itself: the part, its new length, and what is wanted of that."""
+
+    part: slice
+    length: int
+    wanted: slice
+
+
+def resize_window(image_HW3: np.ndarray, whole: Size, size: Size, window: Window) -> np.ndarray:
+    """`resize_image(image, size)[window]`, of which little more than the window is computed.
+
+    whole: the image's H, W; `image_HW3` may be a version of it reduced to n/8, rounded up, as JPEG decoders make it.
+    """
+    eighths = 8 * max(image_HW3.shape[:2]) // max(whole)
+    rows, columns = (_span(*axis) for axis in zip(window, whole, image_HW3.shape[:2], size, (eighths, eighths), strict=True))
+    part_HW3 = resize_image(image_HW3[rows.part, columns.part], (rows.length, columns.length))
+    return part_HW3[rows.wanted, columns.wanted]
+
+
+def _span(window: slice, whole: int, pixels: int, length: int, eighths: int) -> _Span:
+    """A part is resized as in the whole image if it begins and ends where edges of old and new pixels meet.
+
+    Edges 1/64 of an old pixel apart will do; a pixel's value moves by 1/64 of the difference to its neighbour at most. The
+    part is an old pixel longer than the window at both ends, because its outermost new pixels lack neighbours.
+    """
+    extent = whole * eighths / 8
+    edges = np.arange(length + 1) * (extent / length)
+    nearest = edges.round()
+    nearest[length] = pixels
+    meeting = np.flatnonzero(np.abs(edges - nearest) <= 1 / 64)
+    margin = math.ceil(length / extent)
+    first = int(meeting[meeting <= window.start - margin].max(initial=0))
+    last = int(meeting[meeting >= window.stop + margin].min(initial=length))
+    return _Span(slice(int(nearest[first]), int(nearest[last])), last - first, slice(window.start - first, window.stop - first))
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square of an image resized to `size`, perhaps mirrored, and padded at the bottom and right where the image ends."""
+
+    size: Size
+    top: int
+    left: int
+    side: int
+    flip: bool
+
+    @property
+    def window(self) -> Window:
+        """The rows and columns of the resized image that it shows."""
+        H, W = self.size
+        return slice(self.top, min(self.top + self.side, H)), slice(self.left, min(self.left + self.side, W))
+
+    def of_image(self, image_HW3: np.ndarray, whole: Size) -> np.ndarray:
+        """uint8 side x side x 3, padded with black; for the arguments see `resize_window`."""
+        return self.finish(resize_window(image_HW3, whole, self.size, self.window), 0)
+
+    def finish(self, shown: np.ndarray, fill: int) -> np.ndarray:
+        """The crop, given what it shows of the resized image or seed, and the value that it is padded with."""
+        bottom, right = self.side - shown.shape[0], self.side - shown.shape[1]
+        shown = cv2.flip(shown, 1) if self.flip else shown
+        if not (bottom or right):
+            return shown
+        return cv2.copyMakeBorder(shown, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=(fill,) * 3)
+
+
 def augment(
-    image_HW3: np.ndarray, seed_HW: np.ndarray, rng: np.random.Generator, config: AugmentConfig, scale: Sequence[int]
+    decode: Callable[[Size], np.ndarray],
+    seed_HW: np.ndarray,
+    classes: Sequence[int],
+    rng: np.random.Generator,
+    config: AugmentConfig,
+    scale: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Random resize, crop, flip and pad -> image uint8 c x c x 3, seed uint8 c x c, photometric draw float32 [5]."""
+    """Random resize, crop, flip and pad -> image uint8 c x c x 3, seed uint8 c x c, photometric draw float32 [5].
+
+    decode: gives the image, or a reduced version (see `resize_window`) of at least the H, W it is called with. classes: those
+    that the seed is likely to hold, which only makes it faster.
+    """
+    crop, seed_cc = draw_crop(seed_HW, classes, rng, config, scale)
+    draws = draw_photometric(rng) if config.photometric else np.zeros(5, np.float32)
+    return crop.of_image(decode(crop.size), seed_HW.shape), seed_cc, draws
+
+
+def draw_crop(
+    seed_HW: np.ndarray, classes: Sequence[int], rng: np.random.Generator, config: AugmentConfig, scale: Sequence[int]
+) -> tuple[Crop, np.ndarray]:
+    """A crop, drawn again up to ten times while one class covers too much of what is seeded in it, and its seed."""
     size = scaled_size(seed_HW.shape[0], seed_HW.shape[1], scale, rng.uniform(config.ratio[0], config.ratio[1]))
-    image_HW3 = resize_image(image_HW3, size)
-    seed_HW = cv2.resize(seed_HW, size[::-1], interpolation=cv2.INTER_NEAREST)
-    window = _crop_window(seed_HW, rng, config)
-    image_HW3, seed_HW = image_HW3[window], seed_HW[window]
-    if rng.random() < config.flip:
-        image_HW3, seed_HW = image_HW3[:, ::-1], seed_HW[:, ::-1]
-    bottom, right = config.crop - seed_HW.shape[0], config.crop - seed_HW.shape[1]
-    image_HW3 = np.pad(image_HW3, ((0, bottom), (0, right), (0, 0)))
-    seed_HW = np.pad(seed_HW, ((0, bottom), (0, right)), constant_values=IGNORE)
-    return image_HW3, seed_HW, draw_photometric(rng) if config.photometric else np.zeros(5, np.float32)
-
-
-def _crop_window(seed_HW: np.ndarray, rng: np.random.Generator, config: AugmentConfig) -> tuple[slice, slice]:
-    """A crop, drawn again up to ten times while one class covers too much of what is seeded in it."""
-    H, W = seed_HW.shape
+    likely = (0, *classes) if seed_HW.max() < IGNORE else (IGNORE, 0, *classes)
+    resized_HW = cv2.resize(seed_HW, size[::-1], interpolation=cv2.INTER_NEAREST)  # for several windows faster than each alone
     for _ in range(10):
-        top = int(rng.integers(max(H - config.crop, 0) + 1))
-        left = int(rng.integers(max(W - config.crop, 0) + 1))
-        window = slice(top, top + config.crop), slice(left, left + config.crop)
-        counts = np.bincount(seed_HW[window].ravel(), minlength=256)[:IGNORE]
-        if (counts > 0).sum() > 1 and counts.max() < config.max_class_share * counts.sum():
+        top, left = (int(rng.integers(max(side - config.crop, 0) + 1)) for side in size)
+        crop = Crop(size, top, left, config.crop, flip=False)
+        shown_HW = resized_HW[crop.window]
+        if not _one_class_covers(config.max_class_share, shown_HW, likely):
             break
-    return window
+    crop = replace(crop, flip=bool(rng.random() < config.flip))
+    return crop, crop.finish(shown_HW, IGNORE)
+
+
+def _one_class_covers(share: float, seed_HW: np.ndarray, likely: Sequence[int]) -> bool:
+    """Whether one class has `share` or more of the pixels that are not ignored.
+
+    likely: values that are counted first, IGNORE before all; when these few counts tell, the others are not needed.
+    """
+    seeded = others = seed_HW.size
+    for value in likely:
+        count = int(np.count_nonzero(seed_HW == value))
+        others -= count
+        if value == IGNORE:
+            seeded = others
+        elif count >= share * seeded:
+            return True
+        elif others < share * seeded:
+            return False
+    return bool(np.bincount(seed_HW.ravel(), minlength=256)[:IGNORE].max() >= share * seeded)
 
 
 def draw_photometric(rng: np.random.Generator) -> np.ndarray:
     """Brightness shift, contrast, saturation (0 = leave as it is), hue shift (degrees of 360), contrast last (0 or 1)."""
-    use_brightness, use_contrast, use_saturation, use_hue, contrast_last = rng.integers(2, size=5)
-    return np.array(
-        [
-            use_brightness * rng.uniform(-32, 32),
-            use_contrast * rng.uniform(0.5, 1.5),
-            use_saturation * rng.uniform(0.5, 1.5),
-            use_hue * 2 * rng.integers(-18, 18),
-            contrast_last,
-        ],
-        np.float32,
-    )
+    brightness, contrast, saturation, hue, *coins = rng.random(9).tolist()
+    values = 64 * brightness - 32, contrast + 0.5, saturation + 0.5, 2 * (int(36 * hue) - 18), 1
+    return np.array([value * (coin < 0.5) for value, coin in zip(values, coins, strict=True)], np.float32)
 
 
 def distort(images_B3HW: Tensor, draws_B5: Tensor) -> Tensor:
@@ -105,7 +192,8 @@ def distort(images_B3HW: Tensor, draws_B5: Tensor) -> Tensor:
     """
     brightness, contrast, saturation, hue, last = draws_B5[:, :, None, None, None].unbind(1)
     contrast, saturation = contrast.where(contrast != 0, 1.0), saturation.where(saturation != 0, 1.0)
-    x_B3HW = (images_B3HW.float() + brightness).clamp(0, 255)
+    x_B3HW = images_B3HW.to(torch.float32, memory_format=torch.contiguous_format)  # the loader leaves colours together
+    x_B3HW = (x_B3HW + brightness).clamp(0, 255)
     x_B3HW = (x_B3HW * contrast.where(last == 0, 1.0)).clamp(0, 255)
     x_B3HW = _shift_hue_and_saturation(x_B3HW, saturation, hue)
     return (x_B3HW * contrast.where(last == 1, 1.0)).clamp(0, 255)

@@ -1,0 +1,210 @@
+"""Augmented training samples a second on one core, ours against the published pipeline's order of work.
+
+    python benchmarks/loader.py --images COCO --scaling --start --json loader.json
+
+COCO holds train2014/ and annotations/instances_train2014.json; the ground truth serves as seeds. The published order of work
+(mmseg's) is written with OpenCV here: decode, resize the whole image, crop, distort, normalise, pad. Both do the same images with
+the same draws, round by round in turns. The published one counts the classes in a crop by a histogram, which flatters it:
+np.unique, which mmseg uses, takes longer than everything else with numpy 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from weakclip import cli
+from weakclip.config import AugmentConfig, Config
+from weakclip.data.coco import coco_items
+from weakclip.data.plan import generator
+from weakclip.data.shard import Index, Sample, build_shards, read_entry
+from weakclip.data.sources import Item, load_item
+from weakclip.data.stream import Candidate, Source, TrainingSamples, collate, open_index, training_batches
+from weakclip.data.transforms import IMAGENET, distort, draw_photometric, scaled_size
+from weakclip.labels import COCO
+
+RANKS = 4  # of the published recipe
+
+
+# ------------------------------------------------------------------------------------------------------ the published way
+
+
+def published(
+    stem: Path, rng: np.random.Generator, config: AugmentConfig, scale: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """mmseg's transforms as OpenCV calls -> normalised image, float32 c x c x 3, and seed, uint8 c x c."""
+    image_HW3 = cv2.imdecode(np.fromfile(stem.with_suffix(".jpg"), np.uint8), cv2.IMREAD_COLOR)
+    seed_HW = np.array(Image.open(io.BytesIO(stem.with_suffix(".png").read_bytes())))  # mmseg, too, reads masks with Pillow
+    size = scaled_size(*seed_HW.shape, scale, rng.uniform(config.ratio[0], config.ratio[1]))
+    image_HW3 = cv2.resize(image_HW3, size[::-1], interpolation=cv2.INTER_LINEAR)
+    seed_HW = cv2.resize(seed_HW, size[::-1], interpolation=cv2.INTER_NEAREST)
+    for _ in range(10):
+        top, left = (int(rng.integers(max(side - config.crop, 0) + 1)) for side in size)
+        window = slice(top, top + config.crop), slice(left, left + config.crop)
+        counts = cv2.calcHist([seed_HW[window]], [0], None, [255], [0, 255])
+        if (counts > 0).sum() > 1 and counts.max() < config.max_class_share * counts.sum():
+            break
+    image_HW3, seed_HW = image_HW3[window], seed_HW[window]
+    if rng.random() < config.flip:
+        image_HW3, seed_HW = cv2.flip(image_HW3, 1), cv2.flip(seed_HW, 1)
+    image_HW3 = normalised(distorted(image_HW3, draw_photometric(rng)))
+    border = 0, config.crop - seed_HW.shape[0], 0, config.crop - seed_HW.shape[1], cv2.BORDER_CONSTANT
+    return cv2.copyMakeBorder(image_HW3, *border, value=0), cv2.copyMakeBorder(seed_HW, *border, value=255)
+
+
+def distorted(bgr_HW3: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """mmseg's PhotoMetricDistortion, 8-bit after each step."""
+    brightness, contrast, saturation, hue, last = draws.tolist()
+    if brightness:
+        bgr_HW3 = converted(bgr_HW3, beta=brightness)
+    if contrast and not last:
+        bgr_HW3 = converted(bgr_HW3, contrast)
+    if saturation:
+        hsv_HW3 = cv2.cvtColor(bgr_HW3, cv2.COLOR_BGR2HSV)
+        hsv_HW3[..., 1] = converted(hsv_HW3[..., 1], saturation)
+        bgr_HW3 = cv2.cvtColor(hsv_HW3, cv2.COLOR_HSV2BGR)
+    if hue:
+        hsv_HW3 = cv2.cvtColor(bgr_HW3, cv2.COLOR_BGR2HSV)
+        hsv_HW3[..., 0] = (hsv_HW3[..., 0].astype(int) + int(hue) // 2) % 180
+        bgr_HW3 = cv2.cvtColor(hsv_HW3, cv2.COLOR_HSV2BGR)
+    return converted(bgr_HW3, contrast) if contrast and last else bgr_HW3
+
+
+def converted(pixels: np.ndarray, alpha: float = 1, beta: float = 0) -> np.ndarray:
+    return np.clip(pixels.astype(np.float32) * alpha + beta, 0, 255).astype(np.uint8)
+
+
+def normalised(bgr_HW3: np.ndarray) -> np.ndarray:
+    """mmcv's imnormalize."""
+    rgb_HW3 = cv2.cvtColor(bgr_HW3.astype(np.float32), cv2.COLOR_BGR2RGB)
+    cv2.subtract(rgb_HW3, np.array([IMAGENET.mean]), rgb_HW3)
+    return cv2.multiply(rgb_HW3, 1 / np.array([IMAGENET.std]), rgb_HW3)
+
+
+# ------------------------------------------------------------------------------------------------------------ measurement
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def rates(index: Index, files: Path, config: Config, rounds: int) -> dict[str, float]:
+    """Median samples a second; each round is an epoch, done by each contestant before the next one begins."""
+    images, batch = len(index.entries), config.train.batch
+    source = Source(index, (config.seed, 0), config.data.shuffle_window)
+    loader = iter(TrainingSamples((index,), config, 0, 0, 1))
+    taken: dict[str, list[float]] = {"published": [], "ours": [], "ours, distorted and normalised on the CPU": []}
+
+    def publish(candidates: Sequence[Candidate]) -> None:
+        for candidate in candidates:
+            published(files / candidate.entry.key, generator(*candidate.key), config.augment, config.data.scale)
+
+    def finish() -> None:
+        for start in range(0, images, batch):
+            made = collate(list(islice(loader, min(batch, images - start))))
+            IMAGENET.apply(distort(made.images, made.photometric))
+
+    for number in range(rounds + 1):
+        candidates = [next(source.candidates(position)) for position in range(2 * number * images, (2 * number + 1) * images)]
+        works = (partial(publish, candidates), lambda: deque(islice(loader, images), maxlen=0), finish)
+        for times, work in zip(taken.values(), works, strict=True):
+            times.append(seconds(work))
+    return {name: images / statistics.median(times[1:]) for name, times in taken.items()}
+
+
+def scaling(path: Path, config: Config, rounds: int) -> dict[str, float]:
+    """Median samples a second of the real loader with one and with two loader processes."""
+    taken: dict[int, list[float]] = {1: [], 2: []}
+    batches = 40
+    for workers, times in [*taken.items()] * rounds:
+        config.data.workers = workers
+        stream = training_batches(open_index(str(path), COCO), config)
+        [*islice(stream, 2 * workers + 2)]  # those that were loaded ahead, before the clock runs
+        times.append(seconds(lambda stream=stream: [*islice(stream, batches)]))
+        stream.close()
+    return {f"{workers} workers": batches * config.train.batch / statistics.median(times) for workers, times in taken.items()}
+
+
+def starts(path: Path, config: Config, rounds: int) -> dict[str, float]:
+    """Median seconds from opening the index to the first batch of a run of 4 ranks, from its start and resumed."""
+    config.data.workers = 1
+    taken: dict[int, list[float]] = {0: [], 30_000: []}
+
+    def first(step: int) -> None:
+        stream = training_batches(open_index(str(path), COCO), config, step * config.train.batch * RANKS, 0, RANKS)
+        next(stream)
+        stream.close()
+
+    for step, times in [*taken.items()] * rounds:
+        times.append(seconds(partial(first, step)))
+    return {f"step {step}": statistics.median(times) for step, times in taken.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------- the set
+
+
+def load_with_seed(item: Item) -> Sample:
+    sample = load_item(item, range(len(COCO)))
+    return replace(sample, seed=sample.mask, mask=None)
+
+
+def unpack(index: Index, folder: Path) -> None:
+    """Write KEY.jpg and KEY.png, image and seed, of each sample."""
+    folder.mkdir()
+    for entry in index.entries:
+        parts = read_entry(index, entry)
+        (folder / f"{entry.key}.jpg").write_bytes(parts["jpg"])
+        (folder / f"{entry.key}.png").write_bytes(parts["seed.png"])
+
+
+def build(images: Path, out: Path) -> Index:
+    items = coco_items(images / "train2014", images / "annotations" / "instances_train2014.json", with_masks=True)
+    return build_shards([item for item in items if item.classes], load_with_seed, out, COCO, samples_per_shard=16)
+
+
+def main(arguments: Sequence[str]) -> None:
+    repository = Path(__file__).resolve().parents[1]
+    beside = repository.parent / "shared" / "data" / "coco_mini"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, default=beside, help="COCO 2014's directory")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds, after one that is not")
+    parser.add_argument("--scaling", action="store_true", help="time the loader with one and with two processes, too")
+    parser.add_argument("--start", action="store_true", help="time the first batch, at step 0 and at step 30,000, too")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    config, options = cli.parse_config(parser, ["--config", str(repository / "configs" / "coco.yaml"), *arguments])
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        index = build(options.images, Path(folder) / "shards")
+        unpack(index, Path(folder) / "files")
+        found = rates(index, Path(folder) / "files", config, options.rounds)
+        report = {"ratio": found["ours"] / found["published"], "samples_per_second": found}
+        if options.scaling:
+            several = scaling(index.root, config, 5)
+            report["scaling"] = {"ratio": several["2 workers"] / several["1 workers"], "samples_per_second": several}
+        if options.start:
+            report["start_seconds"] = starts(index.root, config, 5)
+    print(json.dumps(report, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,238 @@
+"""The cache's directory: what stays and what leaves, and that processes share it without harm."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from weakclip.data.cache import Cache, File
+
+SIZE = 1000
+
+
+def content(number: int) -> bytes:
+    return bytes([number]) * SIZE
+
+
+def file(number: int, name: str = "shard-00000.tar") -> File:
+    return File(name, SIZE, hashlib.sha256(content(number)).hexdigest())
+
+
+FILES = [file(number) for number in range(6)]
+
+
+class Source:
+    """Where files come from; it keeps in mind which were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(self, file: File, stream: BinaryIO) -> None:
+        number = FILES.index(file)
+        self.asked.append(number)
+        stream.write(content(number))
+
+
+@pytest.fixture
+def source() -> Source:
+    return Source()
+
+
+@pytest.fixture
+def cache(tmp_path) -> Cache:
+    """Room for three files."""
+    return Cache(tmp_path / "cache", 3 * SIZE)
+
+
+def here(cache: Cache) -> list[int]:
+    """The files in the cache; there must be nothing else, and all of each."""
+    names = {path.name for path in cache.directory.iterdir()} - {"locks"}
+    numbers = [number for number, file in enumerate(FILES) if f"{file.sha256}.tar" in names]
+    assert len(numbers) == len(names)
+    assert all((cache.directory / f"{FILES[number].sha256}.tar").read_bytes() == content(number) for number in numbers)
+    return numbers
+
+
+def used(cache: Cache, number: int, seconds_ago: float) -> None:
+    path = cache.directory / f"{FILES[number].sha256}.tar"
+    os.utime(path, (time.time() - seconds_ago,) * 2)
+
+
+# ----------------------------------------------------------------------------------------------------------- one process
+
+
+def test_a_file_is_downloaded_once_and_read_in_parts(cache, source):
+    assert cache.read(FILES[1], 10, 5, source) == content(1)[10:15]
+    assert cache.read(FILES[1], 990, 100, source) == content(1)[990:]
+    assert source.asked == [1] and here(cache) == [1]
+
+
+def test_what_was_used_longest_ago_leaves_first(cache, source):
+    for number, seconds in ((0, 30), (1, 20), (2, 10)):
+        cache.fetch(FILES[number], source)
+        used(cache, number, seconds)
+    cache.read(FILES[0], 0, 1, source)  # now 1 is the oldest
+    cache.fetch(FILES[3], source)
+    assert here(cache) == [0, 2, 3]
+    cache.fetch(FILES[2], source)  # now 0 is
+    used(cache, 3, -1)
+    cache.fetch(FILES[4], source)
+    assert here(cache) == [2, 3, 4] and source.asked == [0, 1, 2, 3, 4]
+
+
+def test_equal_names_do_not_meet_and_a_changed_file_is_another(cache, source):
+    assert len({file.name for file in FILES}) == 1
+    assert [cache.read(FILES[number], 0, 1, source)[0] for number in (0, 1, 0, 1)] == [0, 1, 0, 1]
+
+
+def test_a_file_larger_than_the_limit_is_there_alone(tmp_path, source):
+    cache = Cache(tmp_path / "cache", SIZE // 2)
+    for number in (0, 1):
+        assert cache.read(FILES[number], 0, 1, source) == content(number)[:1]
+        assert here(cache) == [number]
+
+
+def test_an_open_file_stays_readable_when_it_leaves(cache, source):
+    cache.fetch(FILES[0], source)
+    with open(cache.directory / f"{FILES[0].sha256}.tar", "rb") as stream:
+        for number in (1, 2, 3):
+            cache.fetch(FILES[number], source)
+        assert here(cache) == [1, 2, 3] and stream.read() == content(0)
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, partial(os.truncate, length=10)])
+def test_what_someone_removed_or_cut_is_downloaded_again(cache, source, harm):
+    cache.fetch(FILES[0], source)
+    harm(cache.directory / f"{FILES[0].sha256}.tar")
+    assert cache.read(FILES[0], 0, SIZE, source) == content(0) and source.asked == [0, 0]
+
+
+def test_a_failed_download_leaves_nothing(cache, source):
+    def fail(file: File, stream: BinaryIO) -> None:
+        stream.write(b"half")
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        cache.read(FILES[0], 0, 1, fail)
+    assert here(cache) == []
+    assert cache.read(FILES[0], 0, SIZE, source) == content(0)
+
+
+def test_other_files_in_the_directory_are_left_alone(cache, source):
+    cache.directory.mkdir()
+    (cache.directory / "thesis.tar").write_bytes(bytes(10 * SIZE))
+    for number in range(4):
+        cache.fetch(FILES[number], source)
+    assert (cache.directory / "thesis.tar").stat().st_size == 10 * SIZE
+    assert len(list(cache.directory.glob("*.tar"))) == 4
+
+
+def test_what_another_is_fetching_is_waited_for_or_left_out(cache, source):
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(file: File, stream: BinaryIO) -> None:
+        inside.set()
+        assert go_on.wait(20)
+        source(file, stream)
+
+    thread = threading.Thread(target=cache.fetch, args=(FILES[0], slow))
+    thread.start()
+    assert inside.wait(20)
+    cache.fetch(FILES[0], source, wait=False)
+    small = Cache(cache.directory, SIZE)
+    small.fetch(FILES[1], source, wait=False)  # there is room for one
+    assert source.asked == [] and here_partly(cache) == [0]
+    waiting = threading.Thread(target=small.fetch, args=(FILES[1], source))
+    waiting.start()
+    go_on.set()
+    thread.join()
+    waiting.join()
+    assert here(cache) == [1] and source.asked == [0, 1]
+
+
+def here_partly(cache: Cache) -> list[int]:
+    return [number for number, file in enumerate(FILES) if (cache.directory / f"{file.sha256}.tar.partial").exists()]
+
+
+# --------------------------------------------------------------------------------------------------------------- several
+
+
+def slow_source(log: Path, seconds: float, file: File, stream: BinaryIO) -> None:
+    """Downloads in two halves and leaves a line in `log`."""
+    number = FILES.index(file)
+    with open(log, "a") as lines:
+        lines.write(f"{number}\n")
+    stream.write(content(number)[: SIZE // 2])
+    stream.flush()
+    time.sleep(seconds)
+    stream.write(content(number)[SIZE // 2 :])
+
+
+def read_all(cache: Cache, log: Path, order: list[int], seconds: float) -> None:
+    for number in order:
+        assert cache.read(FILES[number], 1, SIZE, partial(slow_source, log, seconds)) == content(number)[1:]
+
+
+def started(function: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def ended_well(processes: list[multiprocessing.process.BaseProcess]) -> bool:
+    for process in processes:
+        process.join()
+    return all(process.exitcode == 0 for process in processes)
+
+
+def test_processes_that_want_one_file_download_it_once(cache, tmp_path):
+    processes = [started(read_all, cache, tmp_path / "log", [0, 1, 2], 0.3) for _ in range(3)]
+    assert ended_well(processes)
+    assert (tmp_path / "log").read_text().split() == ["0", "1", "2"] and here(cache) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("limit", [2.5, 1, 0.5])
+def test_the_limit_holds_to_within_one_file_with_four_processes(tmp_path, limit):
+    cache = Cache(tmp_path / "cache", int(limit * SIZE))
+    orders = [[*range(6)] * 2, [*range(5, -1, -1)] * 2, [3, 0, 4, 1, 5, 2] * 2, [2, 5, 1, 4, 0, 3] * 2]
+    processes = [started(read_all, cache, tmp_path / "log", order, 0.01) for order in orders]
+    largest = 0
+    while any(process.is_alive() for process in processes):
+        largest = max(largest, taken(cache.directory))
+        time.sleep(0.001)
+    assert ended_well(processes)
+    assert largest <= max(cache.limit, SIZE)
+
+
+def taken(directory: Path) -> int:
+    """Bytes of the files in a directory that others change; its listing may show a file that left, so smaller is possible."""
+    sizes = []
+    for path in directory.glob("*.tar*"):
+        try:
+            sizes.append(path.stat().st_size)
+        except FileNotFoundError:
+            return 0
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("next_one", [0, 1])
+def test_what_a_killed_process_left_is_removed_and_holds_no_room(tmp_path, source, next_one):
+    cache = Cache(tmp_path / "cache", SIZE)
+    process = started(read_all, cache, tmp_path / "log", [0], 60)
+    while not (tmp_path / "log").exists():
+        assert process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert here_partly(cache) == [0]
+    assert cache.read(FILES[next_one], 0, SIZE, source) == content(next_one)
+    assert here(cache) == [next_one]

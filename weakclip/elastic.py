@@ -1,0 +1,62 @@
+"""AdamW's moments under any ZeRO stage as plain tensors, and back, so that any number of ranks and any stage can go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def moments(engine: Any) -> dict[str, Tensor]:
+    """ "exp_avg/NAME" and "exp_avg_sq/NAME" of every trained parameter of a DeepSpeed engine, whole, on the CPU.
+
+    Every rank must call it, after the first step.
+    """
+    return {
+        f"{moment}/{name}": _whole(engine, parameter, moment).cpu() for name, parameter in _trained(engine) for moment in MOMENTS
+    }
+
+
+def set_moments(engine: Any, tensors: Mapping[str, Tensor], step: int) -> None:
+    """Give a fresh engine the moments that `moments` returned, as after `step` steps. Every rank must call it."""
+    stage = engine.zero_optimization_stage()
+    optimizer = engine.optimizer.optimizer if stage else engine.optimizer  # ZeRO wraps it
+    # What AdamW steps on: the parameters themselves, or ZeRO's flat parts of them, which stage 3 shows it in its steps alone.
+    shown = [part for group in optimizer.param_groups for part in group["params"]]
+    held = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else shown
+    for part in held:
+        optimizer.state[part] = {"step": torch.tensor(float(step)), **{moment: torch.zeros_like(part) for moment in MOMENTS}}
+    if stage in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # which DeepSpeed does in its first step
+    for name, parameter in _trained(engine):
+        for moment in MOMENTS:
+            value = tensors[f"{moment}/{name}"].to(engine.device)
+            if stage == 0:
+                optimizer.state[parameter][moment].copy_(value)
+            elif stage == 3:
+                safe_set_local_optimizer_state(parameter, _part(parameter, value), moment)
+            else:
+                safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def _trained(engine: Any) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+
+
+def _whole(engine: Any, parameter: nn.Parameter, moment: str) -> Tensor:
+    if engine.zero_optimization_stage() == 0:
+        return engine.optimizer.state[parameter][moment]
+    return safe_get_full_optimizer_state(parameter, moment)
+
+
+def _part(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's part of a tensor, cut up as ZeRO 3 cut up the parameter: equal lengths, the last one padded."""
+    length, ranks = parameter.ds_tensor.numel(), torch.distributed.get_world_size()
+    padded = F.pad(value.flatten(), (0, length * ranks - value.numel()))
+    return padded[length * torch.distributed.get_rank() :][:length]
