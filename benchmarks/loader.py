@@ -45,9 +45,7 @@ RANKS = 4  # of the published recipe
 # ------------------------------------------------------------------------------------------------------ the published way
 
 
-def published(
-    stem: Path, rng: np.random.Generator, config: AugmentConfig, scale: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def published(stem: Path, rng: np.random.Generator, config: AugmentConfig, scale: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """mmseg's transforms as OpenCV calls -> normalised image, float32 c x c x 3, and seed, uint8 c x c."""
     image_HW3 = cv2.imdecode(np.fromfile(stem.with_suffix(".jpg"), np.uint8), cv2.IMREAD_COLOR)
     seed_HW = np.array(Image.open(io.BytesIO(stem.with_suffix(".png").read_bytes())))  # mmseg, too, reads masks with Pillow
