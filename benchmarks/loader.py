@@ -35,10 +35,11 @@ from weakclip.data.coco import coco_items
 from weakclip.data.plan import generator
 from weakclip.data.shard import Index, Sample, build_shards, read_entry
 from weakclip.data.sources import Item, load_item
-from weakclip.data.stream import Candidate, Source, TrainingSamples, collate, open_index, training_batches
+from weakclip.data.stream import Source, TrainingSamples, collate, open_index, training_batches
 from weakclip.data.transforms import IMAGENET, distort, draw_photometric, scaled_size
 from weakclip.labels import COCO
 
+CONTESTANTS = ("published", "ours", "ours, distorted and normalised on the CPU")
 RANKS = 4  # of the published recipe
 
 
@@ -105,27 +106,34 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def rates(index: Index, files: Path, config: Config, rounds: int) -> dict[str, float]:
-    """Median samples a second; each round is an epoch, done by each contestant before the next one begins."""
+    """Median samples a second; a round is an epoch, in which two contestants take turns batch by batch."""
     images, batch = len(index.entries), config.train.batch
     source = Source(index, (config.seed, 0), config.data.shuffle_window)
     loader = iter(TrainingSamples((index,), config, 0, 0, 1))
-    taken: dict[str, list[float]] = {"published": [], "ours": [], "ours, distorted and normalised on the CPU": []}
 
-    def publish(candidates: Sequence[Candidate]) -> None:
-        for candidate in candidates:
+    def publish(positions: Sequence[int]) -> None:
+        for position in positions:
+            candidate = next(source.candidates(position))
             published(files / candidate.entry.key, generator(*candidate.key), config.augment, config.data.scale)
 
-    def finish() -> None:
-        for start in range(0, images, batch):
-            made = collate(list(islice(loader, min(batch, images - start))))
-            IMAGENET.apply(distort(made.images, made.photometric))
+    def load(positions: Sequence[int]) -> None:
+        deque(islice(loader, len(positions)), maxlen=0)
 
-    for number in range(rounds + 1):
-        candidates = [next(source.candidates(position)) for position in range(2 * number * images, (2 * number + 1) * images)]
-        works = (partial(publish, candidates), lambda: deque(islice(loader, images), maxlen=0), finish)
-        for times, work in zip(taken.values(), works, strict=True):
-            times.append(seconds(work))
-    return {name: images / statistics.median(times[1:]) for name, times in taken.items()}
+    def load_and_distort(positions: Sequence[int]) -> None:
+        made = collate(list(islice(loader, len(positions))))
+        IMAGENET.apply(distort(made.images, made.photometric))
+
+    def rate_in_turns(*works: Callable[[Sequence[int]], None]) -> list[float]:
+        taken = np.zeros((rounds + 1, len(works)))
+        for epoch, times in enumerate(taken):
+            for start in range(0, images, batch):
+                for number, work in enumerate(works):
+                    positions = range(epoch * images + start, epoch * images + min(start + batch, images))
+                    times[number] += seconds(partial(work, positions))
+        return (images / np.median(taken[1:], axis=0)).tolist()
+
+    # The last one runs alone: after its large arrays the allocator keeps memory that the others would have to ask for.
+    return dict(zip(CONTESTANTS, [*rate_in_turns(publish, load), *rate_in_turns(load_and_distort)], strict=True))
 
 
 def scaling(path: Path, config: Config, rounds: int) -> dict[str, float]:

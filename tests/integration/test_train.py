@@ -176,7 +176,7 @@ def damaged(make_shards, tmp_path):
     for entry in index.entries:
         if entry.key in ("image_1", "image_5"):
             with open(index.root / entry.shard, "r+b") as file:
-                file.seek(entry.offset + 600)  # within the image's bytes, which follow its 512-byte header
+                file.seek(entry.offset + entry.length // 2)  # the picture is the largest part of it
                 file.write(b"\0" * 64)
     return index
 

@@ -24,6 +24,8 @@ def decode_jpeg(data: bytes, size: tuple[int, int], least: tuple[int, int]) -> n
     """
     if not 0 < math.prod(size) <= (Image.MAX_IMAGE_PIXELS or math.inf):
         return None
+    if min(size) < 16:  # too small to tell from the result by how much it was reduced
+        least = size
     try:
         *header_HW, colours, _ = simplejpeg.decode_jpeg_header(data)
         if tuple(header_HW) != size or colours in ("CMYK", "YCCK"):

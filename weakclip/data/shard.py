@@ -399,7 +399,7 @@ def _decode_cam(parts: dict[str, bytes], size_HW: tuple[int, int], classes: Sequ
 
 
 def _decode_picture(parts: dict[str, bytes], size_HW: tuple[int, int], least_HW: tuple[int, int] | None = None) -> np.ndarray:
-    """uint8 H x W x 3; smaller, where it is a JPEG that can be decoded at half its size or less and still be `least_HW`."""
+    """uint8 H x W x 3; of a JPEG perhaps less, as OpenSample.decode_picture says."""
     (extension,) = parts.keys() & {"jpg", "png"}
     if extension == "jpg" and (image_HW3 := decode_jpeg(parts["jpg"], size_HW, least_HW or size_HW)) is not None:
         return image_HW3

@@ -73,27 +73,27 @@ def resize_window(image_HW3: np.ndarray, whole: Size, size: Size, window: Window
 
     whole: the image's H, W; `image_HW3` may be a version of it reduced to n/8, rounded up, as JPEG decoders make it.
     """
-    eighths = 8 * max(image_HW3.shape[:2]) // max(whole)
-    rows, columns = (_span(*axis) for axis in zip(window, whole, image_HW3.shape[:2], size, (eighths, eighths), strict=True))
+    eighths = 8 * image_HW3.shape[1] // whole[1]
+    rows, columns = (_span(part, side, length, eighths) for part, side, length in zip(window, whole, size, strict=True))
     part_HW3 = resize_image(image_HW3[rows.part, columns.part], (rows.length, columns.length))
     return part_HW3[rows.wanted, columns.wanted]
 
 
-def _span(window: slice, whole: int, pixels: int, length: int, eighths: int) -> _Span:
+def _span(window: slice, whole: int, length: int, eighths: int) -> _Span:
     """A part is resized as in the whole image if it begins and ends where edges of old and new pixels meet.
 
     Edges 1/64 of an old pixel apart will do; a pixel's value moves by 1/64 of the difference to its neighbour at most. The
     part is an old pixel longer than the window at both ends, because its outermost new pixels lack neighbours.
     """
     extent = whole * eighths / 8
-    edges = np.arange(length + 1) * (extent / length)
-    nearest = edges.round()
-    nearest[length] = pixels
-    meeting = np.flatnonzero(np.abs(edges - nearest) <= 1 / 64)
-    margin = math.ceil(length / extent)
-    first = int(meeting[meeting <= window.start - margin].max(initial=0))
-    last = int(meeting[meeting >= window.stop + margin].min(initial=length))
-    return _Span(slice(int(nearest[first]), int(nearest[last])), last - first, slice(window.start - first, window.stop - first))
+    step, margin = extent / length, math.ceil(length / extent)
+    first, last = max(window.start - margin, 0), min(window.stop + margin, length)
+    while first > 0 and abs(first * step - round(first * step)) > 1 / 64:
+        first -= 1
+    while last < length and abs(last * step - round(last * step)) > 1 / 64:
+        last += 1
+    end = math.ceil(extent) if last == length else round(last * step)
+    return _Span(slice(round(first * step), end), last - first, slice(window.start - first, window.stop - first))
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ def augment(
     """
     crop, seed_cc = draw_crop(seed_HW, classes, rng, config, scale)
     draws = draw_photometric(rng) if config.photometric else np.zeros(5, np.float32)
-    return crop.of_image(decode(crop.size), seed_HW.shape), seed_cc, draws
+    H, W = seed_HW.shape
+    return crop.of_image(decode(crop.size), (H, W)), seed_cc, draws
 
 
 def draw_crop(
