@@ -187,12 +187,23 @@ def make_shards() -> Callable[..., Any]:
             mask_HW = np.zeros((H, W), np.uint8)
             mask_HW[:, : W // 2] = 1
             cam = Cam((1,), (200 * mask_HW)[None], 1.0)
-            fields = {"classes": (1,), "cam": cam, "seed": png(mask_HW), "mask": png(mask_HW), **changes}
-            return Sample(f"image_{number}", png(image_HW3), "png", height=H, width=W, source="made up", **fields)
+            fields = {"image": png(image_HW3), "image_ext": "png", "classes": (1,), "cam": cam}
+            fields |= {"seed": png(mask_HW), "mask": png(mask_HW), **changes}
+            return Sample(f"image_{number}", height=H, width=W, source="made up", **fields)
 
         return build_shards(range(count), load, out, TINY_NAMES, samples_per_shard=per_shard)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def jpeg_of() -> Callable[[np.ndarray], bytes]:
+    def encode(array: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, "JPEG")
+        return buffer.getvalue()
+
+    return encode
 
 
 @pytest.fixture(scope="session")

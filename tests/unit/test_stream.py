@@ -90,6 +90,15 @@ def test_mixed_sets_come_by_their_weights_each_through_its_own_epochs(shards, ma
     assert all(same(a, b) for a, b in zip(found[50:], resumed, strict=True))
 
 
+def test_reduced_jpegs_are_the_same_with_and_without_loader_processes(tmp_path, make_shards, jpeg_of, tiny_config):
+    """At 1/2, 3/8, 1/4 or 1/8: the pictures are 400 x 600, the crops are of some 32 to 128 x 48 to 192."""
+    spots = np.random.default_rng(0).integers(0, 256, (50, 75, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    index = make_shards(tmp_path / "set", H=400, W=600, image=jpeg_of(spots), image_ext="jpg")
+    alone = batches(index, tiny_config("train.batch=2"), 7)
+    assert all(same(a, b) for a, b in zip(alone, batches(index, tiny_config("data.workers=2"), 7), strict=True))
+    assert len({batch.images.numpy().tobytes() for batch in alone}) == 7
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_stream_goes_on_where_the_other_one_would_have(shards, tiny_config, workers):
     config = tiny_config(f"data.workers={workers}")
@@ -118,6 +127,21 @@ def test_a_damaged_sample_is_replaced_by_its_successor_and_named(tmp_path, make_
     assert found[place].keys == [f"image_{successor}"]
     assert len(found[place].bad) == 1 and "shard-00001.tar: image_4" in found[place].bad[0]
     assert all(batch.bad == [] for number, batch in enumerate(found) if number != place)
+
+
+def test_a_damaged_jpeg_is_noticed_though_it_is_decoded_last(tmp_path, make_shards, jpeg_of, tiny_config):
+    data = jpeg_of(np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8))
+    index = make_shards(tmp_path / "set", 3, image=data, image_ext="jpg")
+    entry = index.entries[1]
+    with open(index.root / entry.shard, "r+b") as file:
+        file.seek(entry.offset)
+        at = file.read(entry.length).index(data)
+        file.seek(entry.offset + at + 100)
+        file.write(bytes(400))  # its tables
+    found = batches(index, tiny_config("train.batch=1"), 3)
+    assert "image_1" not in [batch.keys[0] for batch in found]
+    (message,) = [message for batch in found for message in batch.bad]
+    assert "shard-00000.tar: image_1: jpg does not decode" in message
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -158,6 +182,17 @@ def test_a_cam_becomes_a_seed_by_the_thresholds(tmp_path, make_shards, tiny_conf
 def test_an_image_without_classes_is_background_and_needs_no_cam(tmp_path, make_shards, tiny_config):
     index = make_shards(tmp_path / "set", 1, seed=None, cam=None, classes=())
     assert not seed_mask(decoded(index), tiny_config().seeds).any()
+
+
+def test_a_cam_gives_the_crops_that_its_whole_seed_mask_gives(tmp_path, make_shards, png_of, tiny_config):
+    maps_nhw = np.random.default_rng(0).integers(0, 256, (2, 5, 7), np.uint8).repeat(5, 1).repeat(5, 2)
+    cams = {"H": 93, "W": 130, "classes": (1, 3), "cam": Cam((1, 3), maps_nhw, 25 / 93)}
+    options = tiny_config("train.batch=4", "seeds.background=0.5", "seeds.foreground=0.7")
+    with_cam = make_shards(tmp_path / "cam", 4, seed=None, **cams)
+    seed_HW = seed_mask(decoded(with_cam), options.seeds)
+    assert set(np.unique(seed_HW)) == {0, 1, 3, 255}
+    with_seed = make_shards(tmp_path / "seed", 4, seed=png_of(seed_HW), **cams)
+    assert all(same(a, b) for a, b in zip(batches(with_cam, options, 4), batches(with_seed, options, 4), strict=True))
 
 
 def test_neither_cam_nor_seed_is_an_error_that_says_what_to_build(tmp_path, make_shards, tiny_config):
