@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from types import FrameType
 
 import torch
@@ -39,7 +41,17 @@ class Interruption:
         return int(asked)
 
 
-def ignore_in_worker(_worker: int) -> None:
-    """Slurm signals every process of a job. A loader's would die of it, and its rank before it has saved."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def obey_only_the_parent(_worker: int) -> None:
+    """For a loader's process. Slurm signals every process of a job: a loader's would die of it, and its rank before it has saved.
+
+    What the rank itself sends still ends the process, as multiprocessing does when the rank ends.
+    """
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

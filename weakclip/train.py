@@ -43,7 +43,7 @@ def train(config: Config, world: World, resume: bool = False) -> Path:
     engine = Engine(WeakCLIP(config, names), config, world, *latest)
     monitor = Monitor(run, config, engine)
     interruption = Interruption()
-    # Closing ends the loader's processes, which ignore the signal that Python would end them by.
+    # Closing ends the loader's processes at once, not when Python comes to it.
     with closing(training_batches(index, config, engine.consumed, world.rank, world.ranks, mixed)) as batches:
         while engine.step < config.train.steps:
             with monitor.waiting():

@@ -52,6 +52,23 @@ def test_grey_and_rgb_jpegs_have_pillows_pixels(mode):
     np.testing.assert_array_equal(decode_jpeg(data, SIZE, SIZE), by_pillow(data))
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([{}, {"progressive": True}, {"restart_marker_blocks": 3}]),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3),
+    st.floats(0, 1),
+)
+def test_a_damaged_jpeg_has_pillows_pixels_or_is_left_to_it(options, changes, whole):
+    """Some bytes changed, and cut off after a share `whole` of it."""
+    data = bytearray(encoded(SPOTS, "JPEG", **options))
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    data = bytes(data[: round(whole * len(data))])
+    pixels = decode_jpeg(data, SIZE, SIZE)
+    if pixels is not None:
+        np.testing.assert_array_equal(pixels, by_pillow(data))  # who fails here took for a picture what Pillow refuses
+
+
 def test_real_jpegs_have_pillows_pixels(coco_mini):
     for path in sorted((coco_mini / "val2014").iterdir())[:15]:
         data, want = path.read_bytes(), by_pillow(path.read_bytes())

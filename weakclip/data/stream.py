@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import webdataset as wds
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from weakclip.config import Config, DataConfig, SeedConfig
 from weakclip.data import plan, transforms
 from weakclip.data.shard import DecodedSample, Entry, Index, OpenSample, ShardError, decode_sample, open_sample, read_entry
 from weakclip.data.storage import StorageError
-from weakclip.interrupt import ignore_in_worker
+from weakclip.interrupt import obey_only_the_parent
 from weakclip.labels import check_same
 from weakclip.seeds import cam_to_seed
 
@@ -158,11 +158,12 @@ def too_many_bad(bad: Sequence[str], limit: int) -> str:
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:
+    """Into memory that is shared, in a loader process."""
     return Batch(
         keys=[sample["key"] for sample in samples],
-        images=torch.from_numpy(np.stack([sample["image"] for sample in samples])).permute(0, 3, 1, 2),
-        seeds=torch.from_numpy(np.stack([sample["seed"] for sample in samples])),
-        photometric=torch.from_numpy(np.stack([sample["photometric"] for sample in samples])),
+        images=default_collate([sample["image"] for sample in samples]).permute(0, 3, 1, 2),
+        seeds=default_collate([sample["seed"] for sample in samples]),
+        photometric=default_collate([sample["photometric"] for sample in samples]),
         bad=[message for sample in samples for message in sample["bad"]],
     )
 
@@ -182,7 +183,7 @@ def training_batches(
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_in_worker,
+        worker_init_fn=obey_only_the_parent,
     )
     return _unwrapped(loader)
 

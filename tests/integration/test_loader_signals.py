@@ -1,0 +1,39 @@
+"""Signals and a loader's processes: Slurm's they outlive, for their rank saves a checkpoint; their rank's they obey."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.integration.conftest import ENVIRONMENT
+from weakclip import config as configs
+
+PROGRAM = """
+import subprocess, sys
+import psutil
+from weakclip import config as configs
+from weakclip.data.stream import open_index, training_batches
+from weakclip.labels import class_names
+
+config = configs.load(sys.argv[1])
+batches = training_batches(open_index(config.data.train, class_names(config.classes)), config)
+next(batches)
+workers = [str(child.pid) for child in psutil.Process().children()]
+assert len(workers) == 2
+for name in sys.argv[2:]:
+    subprocess.run(["kill", "-s", name, *workers], check=True)
+print([next(batches).keys for _ in range(8)])
+"""
+
+
+@pytest.mark.parametrize("signals", [[], ["USR2"], ["TERM"], ["TERM", "USR2", "TERM"]], ids=str)
+def test_loader_processes_survive_others_signals_and_end_with_their_rank(signals, make_shards, tiny_config, tmp_path):
+    """The program never closes its loader, as when an error that nobody catches ends it."""
+    config = tiny_config(f"data.train={make_shards(tmp_path / 'set').root}", "data.workers=2")
+    configs.save(config, tmp_path / "config.yaml")
+    line = [sys.executable, "-c", PROGRAM, str(tmp_path / "config.yaml"), *signals]
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[") == 9
