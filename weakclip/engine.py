@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import safetensors.torch
 
-from weakclip import archives, elastic, fit, weights
+from weakclip import archives, elastic, fit, rendezvous, weights
 from weakclip.batchnorm import synchronise
 from weakclip.config import Config, ConfigError, OptimConfig
 from weakclip.data.stream import Batch
@@ -34,6 +33,7 @@ from weakclip.data.transforms import distort
 from weakclip.files import write_whole
 from weakclip.losses import weakclip_losses
 from weakclip.model import WeakCLIP
+from weakclip.run import checkpoints
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class World:
 
     @classmethod
     def join(cls) -> World:
-        """This process among those that torchrun (or any launcher that sets RANK, WORLD_SIZE, ...) started, or alone."""
-        if "RANK" not in os.environ:
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-            os.environ.update(alone)
+        """This process among those that torchrun, Slurm or another launcher started, or alone."""
+        os.environ.update(rendezvous.variables(os.environ))
         cuda = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        # Slurm may show each rank its own GPU alone.
+        number = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count() if cuda else 0
+        device = torch.device("cuda", number) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -63,12 +63,6 @@ class World:
         items = [None] * self.ranks
         dist.all_gather_object(items, item)
         return items
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def learning_rate_factor(step: int, config: OptimConfig, steps: int) -> float:
@@ -206,9 +200,3 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     if taken or stage not in (0, 1, 2, 3):
         raise ConfigError(f"train.deepspeed: {path} sets {', '.join(taken) or f'stage {stage}'}; set it in the recipe instead")
     return settings | ours
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*.safetensors") if path.stem.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))

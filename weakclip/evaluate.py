@@ -10,12 +10,12 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from weakclip import cli, labels
+from weakclip import cli, labels, masks
 from weakclip.config import Config
 from weakclip.data.shard import DecodedSample
 from weakclip.data.stream import StoredSamples, cam_maps, open_index, seed_mask, select_shards
@@ -56,22 +56,8 @@ def best_cam_threshold(samples: Iterable[DecodedSample], names: Sequence[str]) -
     )
 
 
-def read_mask(folder: Path, key: str) -> np.ndarray:
-    """The predicted mask KEY.png. Raises ValueError naming the file when it is missing or no 8-bit mask."""
-    path = folder / f"{key}.png"
-    try:
-        with Image.open(path) as picture:
-            if picture.mode not in ("P", "L"):
-                raise ValueError(f"{path}: a mask is an 8-bit palette or grey PNG, this is {picture.mode}")
-            return np.array(picture)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing; write it with python -m weakclip.pseudo") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {error}; remove it and run python -m weakclip.pseudo again") from None
-
-
-def run(config: Config, what: str, data: str, shards: str | None, masks: Path) -> Scores:
-    """The stage: scores of "masks", "seeds" or "cam" on `shards` of the shard set `data`."""
+def run(config: Config, what: str, data: str, shards: str | None, folder: Path) -> Scores:
+    """The stage: scores of "masks" (those in `folder`), "seeds" or "cam" on `shards` of the shard set `data`."""
     names = labels.class_names(config.classes)
     index = open_index(data, names, config.data)
     samples = StoredSamples(index, select_shards(index, shards), config.data.workers)
@@ -81,7 +67,13 @@ def run(config: Config, what: str, data: str, shards: str | None, masks: Path) -
         return scores
     if what == "seeds":
         return score(samples, lambda sample: seed_mask(sample, config.seeds), names)
-    return score(samples, lambda sample: read_mask(masks, sample.key), names)
+    return score(samples, lambda sample: masks.read(folder, sample.key), names)
+
+
+def write(scores: Scores, made_by: dict[str, Any] | None, out: Path) -> None:
+    """As JSON. made_by: what the scored masks say of themselves (masks.read_about)."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, json.dumps({**scores.as_dict(), "masks": made_by}, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -92,11 +84,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--shards", metavar="N|A:B", help="only these shards of it")
     parser.add_argument("--out", metavar="FILE", help="JSON to write (default: RUN/scores-WHAT.json)")
     config, options = cli.parse_config(parser, arguments)
-    masks = Path(options.masks or Path(config.run) / "pseudo")
-    scores = run(config, options.what, options.data or config.data.train, options.shards, masks)
+    folder = Path(options.masks or Path(config.run) / "pseudo")
+    scores = run(config, options.what, options.data or config.data.train, options.shards, folder)
     out = Path(options.out or Path(config.run) / f"scores-{options.what}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, json.dumps(scores.as_dict(), indent=1) + "\n")
+    write(scores, masks.read_about(folder) if options.what == "masks" else None, out)
     print(scores.table())
     print(f"written: {out}")
 

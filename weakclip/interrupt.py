@@ -15,7 +15,11 @@ SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """The job was told to stop, and has written a checkpoint."""
+    """The job was told to stop by `signal`, and has written a checkpoint."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(f"{self.signal.name}: saved at step {step}; go on by --resume auto")
 
 
 class Interruption:

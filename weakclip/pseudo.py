@@ -6,24 +6,19 @@ python -m weakclip.pseudo --config configs/voc.yaml [--weights best] [--data DIR
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from weakclip import cli, crf, infer, labels
+from weakclip import cli, crf, infer, labels, masks
 from weakclip import weights as stored
-from weakclip.config import Config, ConfigError
-from weakclip.data.shard import DecodedSample, sha256
+from weakclip.config import Config
+from weakclip.data.shard import DecodedSample
 from weakclip.data.stream import StoredSamples, open_index, select_shards
-from weakclip.files import write_whole
 from weakclip.model import WeakCLIP
 
 
@@ -44,42 +39,16 @@ def write_masks(model: WeakCLIP, config: Config, samples: Iterable[DecodedSample
     for sample in tqdm(samples, "pseudo masks", unit=" images", disable=None):
         path = out / f"{sample.key}.png"
         if not path.exists():
-            save_mask(pseudo_mask(model, sample, config, text_KE), path)
-
-
-def save_mask(mask_HW: np.ndarray, path: Path) -> None:
-    """An 8-bit palette PNG."""
-    picture = Image.fromarray(mask_HW)
-    picture.putpalette(labels.palette())
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    write_whole(path, buffer.getvalue())
-
-
-def claim(out: Path, config: Config, weights: Path) -> None:
-    """Make `out`, or see that what is in it was made by the same weights and options.
-
-    Raises ConfigError when it was not: masks of two models are never mixed.
-    """
-    about = {"weights": sha256(weights), "scale": config.data.scale, **asdict(config.pseudo)}
-    note = out / "about.json"
-    if note.is_file():
-        if json.loads(note.read_text()) != about:
-            raise ConfigError(f"{out} holds masks of other weights or options (see {note}); give another --out or remove it")
-    elif out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} holds files that are no pseudo masks; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(note, json.dumps(about, indent=1) + "\n")
+            masks.save(pseudo_mask(model, sample, config, text_KE), path)
 
 
 def run(config: Config, data: str, weights: Path, out: Path, shards: str | None = None) -> Path:
     """The stage: masks of the samples in `shards` of the shard set `data`, into `out`, which is returned."""
     index = open_index(data, labels.class_names(config.classes), config.data)
     entries = select_shards(index, shards)
-    claim(out, config, weights)
-    missing = [entry for entry in entries if not (out / f"{entry.key}.png").exists()]
+    masks.claim(out, config, weights)
     model = stored.load_model(config, weights)
-    write_masks(model, config, StoredSamples(index, missing, config.data.workers), out)
+    write_masks(model, config, StoredSamples(index, masks.missing(out, entries), config.data.workers), out)
     return out
 
 

@@ -1,7 +1,7 @@
 """The run directory: everything of a run that survives a job lies in it.
 
 runs/NAME/  config.yaml  data.json  checkpoints/step-N.safetensors  weights/{best,last}.safetensors  best.json
-            pseudo/  scores.json  tensorboard/  metrics.jsonl
+            pseudo/  scores.json  tensorboard/  metrics.jsonl  lock.json  jobs/
 """
 
 from __future__ import annotations
@@ -28,20 +28,34 @@ def claim(config: Config, resume: bool) -> Path:
     if run.exists() and not run.is_dir():
         raise ConfigError(f"run: {run} is a file")
     written = run / "config.yaml"
-    # Seeds and CAMs may be scored, and sweeps begun, before there is a run.
-    if run.is_dir() and any(path.name != "sweeps" and not path.name.startswith("scores-") for path in run.iterdir()):
+    if run.is_dir() and any(not _may_come_first(path) for path in run.iterdir()):
         if not written.is_file():
             raise ConfigError(f"run: {run} holds files that are no run's; set run to another directory")
         if not resume:
             raise ConfigError(f"run: {run} already holds a run; go on with it by --resume auto, or set run to another directory")
-        earlier, now = asdict(configs.load(written)), asdict(config)
-        changed = [f"{key}" for key in _FIXED if earlier[key] != now[key]]
-        changed += [f"data.{key}" for key in ("train", "mix") if earlier["data"][key] != now["data"][key]]
-        if changed:
-            raise ConfigError(f"run: {run} was made with another {', '.join(changed)}; set it as in {written}, or set run anew")
+        check_same(config)
     run.mkdir(parents=True, exist_ok=True)
     configs.save(config, written)
     return run
+
+
+def _may_come_first(path: Path) -> bool:
+    """Seeds and CAMs may be scored, sweeps begun and jobs submitted before there is a run."""
+    return path.name in ("sweeps", "jobs") or path.name.startswith("scores-")
+
+
+def check_same(config: Config) -> None:
+    """Raises ConfigError when the run directory holds a run that was begun with other settings."""
+    written = Path(config.run) / "config.yaml"
+    if not written.is_file():
+        return
+    earlier, now = asdict(configs.load(written)), asdict(config)
+    changed = [f"{key}" for key in _FIXED if earlier[key] != now[key]]
+    changed += [f"data.{key}" for key in ("train", "mix") if earlier["data"][key] != now["data"][key]]
+    if changed:
+        raise ConfigError(
+            f"run: {config.run} was made with another {', '.join(changed)}; set it as in {written}, or set run anew"
+        )
 
 
 def claim_data(run: Path, fingerprints: Sequence[str]) -> None:
@@ -53,3 +67,14 @@ def claim_data(run: Path, fingerprints: Sequence[str]) -> None:
     if note.is_file() and json.loads(note.read_text()) != list(fingerprints):
         raise ConfigError(f"run: the shards of data.train or data.mix are not those that {run} began with; set run anew")
     write_whole(note, json.dumps(fingerprints) + "\n")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*.safetensors") if path.stem.removeprefix("step-").isdigit()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(path.stem.removeprefix("step-"))

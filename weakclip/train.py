@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,11 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from weakclip import cli, labels
+from weakclip import cli, labels, lock
 from weakclip import run as runs
 from weakclip.config import Config
 from weakclip.data.stream import open_index, training_batches
-from weakclip.engine import Engine, World, checkpoints
+from weakclip.engine import Engine, World
 from weakclip.interrupt import Interrupted, Interruption
 from weakclip.model import WeakCLIP
 from weakclip.monitor import Monitor
@@ -33,13 +32,21 @@ def train(config: Config, world: World, resume: bool = False) -> Path:
 
     Raises ValueError (ConfigError, ShardError) for what the user can mend, Interrupted when a signal asked it to stop.
     """
+    try:
+        return _train(config, world, resume)
+    finally:
+        if world.rank == 0:
+            lock.release(Path(config.run))
+
+
+def _train(config: Config, world: World, resume: bool) -> Path:
     names = labels.class_names(config.classes)
     index = open_index(config.data.train, names, config.data)
     mixed = [open_index(path, names, config.data) for path in config.data.mix]
     validation = open_index(config.data.val, names, config.data) if config.data.val else None
     run = _claim(config, world, resume, [each.fingerprint for each in (index, *mixed)])
     torch.manual_seed(config.seed)
-    latest = checkpoints(run)[-1:] if resume else []
+    latest = runs.checkpoints(run)[-1:] if resume else []
     engine = Engine(WeakCLIP(config, names), config, world, *latest)
     monitor = Monitor(run, config, engine)
     interruption = Interruption()
@@ -57,17 +64,20 @@ def train(config: Config, world: World, resume: bool = False) -> Path:
                 if last or number or engine.step % config.train.checkpoint_every == 0:
                     engine.save(run)
             if number:
-                raise Interrupted(f"{signal.Signals(number).name}: saved at step {engine.step}; go on by --resume auto")
+                raise Interrupted(number, engine.step)
     monitor.close()
     return run
 
 
 def _claim(config: Config, world: World, resume: bool, data: Sequence[str]) -> Path:
-    """Rank 0 looks at the run directory; all hear of what is wrong with it."""
+    """Rank 0 takes the run directory; all hear of what is wrong with it."""
     error = None
     if world.rank == 0:
         try:
-            runs.claim_data(runs.claim(config, resume), data)
+            lock.check(Path(config.run))
+            runs.claim(config, resume)
+            lock.take(Path(config.run))
+            runs.claim_data(Path(config.run), data)
         except ValueError as caught:
             error = caught
     if error := world.gather(error)[0]:
@@ -75,22 +85,29 @@ def _claim(config: Config, world: World, resume: bool, data: Sequence[str]) -> P
     return Path(config.run)
 
 
+def run(config: Config, resume: bool) -> None:
+    """The stage: join the other ranks, train, and say what came of it. Raises what `train` raises."""
+    world = World.join()
+    try:
+        folder = train(config, world, resume)
+        if world.rank == 0:
+            print(f"trained: {folder}/weights; look at it with: tensorboard --logdir {folder}/tensorboard")
+    except Interrupted as stop:
+        if world.rank == 0:
+            print(stop, file=sys.stderr)
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m weakclip.train", description="Train WeakCLIP; see also torchrun.")
     parser.add_argument("--resume", choices=("auto", "never"), default="never", help="auto: go on with the run, if there is one")
     config, options = cli.parse_config(parser, arguments)
-    world = World.join()
     try:
-        run = train(config, world, options.resume == "auto")
-    except Interrupted as stop:
-        if world.rank == 0:
-            print(stop, file=sys.stderr)
+        run(config, options.resume == "auto")
+    except Interrupted:
         sys.exit(os.EX_TEMPFAIL)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if world.rank == 0:
-        print(f"trained: {run}/weights; look at it with: tensorboard --logdir {run}/tensorboard")
 
 
 if __name__ == "__main__":

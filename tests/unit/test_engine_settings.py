@@ -8,7 +8,8 @@ import math
 import pytest
 
 from weakclip.config import Config, ConfigError, OptimConfig
-from weakclip.engine import checkpoints, deepspeed_settings, learning_rate_factor
+from weakclip.engine import deepspeed_settings, learning_rate_factor
+from weakclip.run import checkpoints
 
 OPTIM = OptimConfig(lr=1e-4, min_lr=1e-6, warmup=1500)
 

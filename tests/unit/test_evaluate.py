@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from weakclip import evaluate
+from weakclip import evaluate, masks
 from weakclip.config import save
 from weakclip.data.shard import Cam, Index
 from weakclip.data.stream import StoredSamples
@@ -89,21 +89,21 @@ def test_a_mask_is_read_as_indices_whether_grey_or_palette(tmp_path):
     picture.putpalette([9] * 768)
     picture.save(tmp_path / "palette.png")
     for key in ("grey", "palette"):
-        np.testing.assert_array_equal(evaluate.read_mask(tmp_path, key), TRUTH_HW * 3)
+        np.testing.assert_array_equal(masks.read(tmp_path, key), TRUTH_HW * 3)
 
 
 def test_a_missing_damaged_or_coloured_mask_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"here.png: missing; write it with python -m weakclip.pseudo"):
-        evaluate.read_mask(tmp_path, "here")
+        masks.read(tmp_path, "here")
     Image.fromarray(TRUTH_HW).save(tmp_path / "here.png")
     data = (tmp_path / "here.png").read_bytes()
     for damaged in (data[: len(data) // 2], b"", b"no picture"):
         (tmp_path / "here.png").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"here.png: .*; remove it and run python -m weakclip.pseudo again"):
-            evaluate.read_mask(tmp_path, "here")
+            masks.read(tmp_path, "here")
     Image.new("RGB", (W, H)).save(tmp_path / "here.png")
     with pytest.raises(ValueError, match="here.png: a mask is an 8-bit palette or grey PNG, this is RGB"):
-        evaluate.read_mask(tmp_path, "here")
+        masks.read(tmp_path, "here")
 
 
 def test_masks_seeds_and_cams_of_a_set_are_scored(shards, tiny_config, tmp_path, capsys):

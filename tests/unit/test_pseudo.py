@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from weakclip import infer, labels, pseudo
+from weakclip import infer, labels, masks, pseudo
 from weakclip import weights as stored
 from weakclip.archives import ArchiveError
 from weakclip.config import ConfigError, save
@@ -34,7 +34,7 @@ def shards(tmp_path_factory, make_shards):
     return make_shards(tmp_path_factory.mktemp("pseudo") / "set", 3, 2)
 
 
-def masks(folder) -> dict[str, bytes]:
+def written(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
@@ -108,34 +108,34 @@ def test_damaged_and_foreign_weights_are_refused(tiny_config, weights):
 
 def test_the_folder_notes_whose_masks_it_holds(tiny_config, weights, tmp_path):
     config = tiny_config()
-    pseudo.claim(tmp_path / "out", config, weights)
+    masks.claim(tmp_path / "out", config, weights)
     about = json.loads((tmp_path / "out/about.json").read_text())
     assert about["scales"] == [1.0] and about["scale"] == [128, 64] and about["crf"]["bilateral_sxy"] == 83
-    pseudo.claim(tmp_path / "out", config, weights)  # the same again
+    masks.claim(tmp_path / "out", config, weights)  # the same again
 
 
 @pytest.mark.parametrize(
     "override", ["pseudo.scales=[0.5]", NO_CRF, "pseudo.crf.iterations=3", "data.scale=[64,64]", "pseudo.flip=false"]
 )
 def test_masks_of_other_options_are_refused(tiny_config, weights, tmp_path, override):
-    pseudo.claim(tmp_path / "out", tiny_config(), weights)
+    masks.claim(tmp_path / "out", tiny_config(), weights)
     with pytest.raises(ConfigError, match="out holds masks of other weights or options .*about.json.*; give another --out"):
-        pseudo.claim(tmp_path / "out", tiny_config(override), weights)
+        masks.claim(tmp_path / "out", tiny_config(override), weights)
 
 
 def test_masks_of_other_weights_are_refused(tiny_config, tiny_model, weights, tmp_path):
-    pseudo.claim(tmp_path / "out", tiny_config(), weights)
+    masks.claim(tmp_path / "out", tiny_config(), weights)
     stored.save(tiny_model(), weights, step=4)
     with pytest.raises(ConfigError, match="other weights or options"):
-        pseudo.claim(tmp_path / "out", tiny_config(), weights)
+        masks.claim(tmp_path / "out", tiny_config(), weights)
 
 
 def test_a_folder_of_other_files_is_refused(tiny_config, weights, tmp_path):
     (tmp_path / "out").mkdir()
-    pseudo.claim(tmp_path / "out", tiny_config(), weights)  # empty: taken
+    masks.claim(tmp_path / "out", tiny_config(), weights)  # empty: taken
     (tmp_path / "out/about.json").rename(tmp_path / "out/photo.png")
     with pytest.raises(ConfigError, match="out holds files that are no pseudo masks; give another --out"):
-        pseudo.claim(tmp_path / "out", tiny_config(), weights)
+        masks.claim(tmp_path / "out", tiny_config(), weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------- masks
@@ -177,8 +177,8 @@ def test_the_crf_smooths_unless_it_is_null(tiny_config, monkeypatch):
 def test_masks_of_a_set_are_palette_pictures_of_the_images_sizes(tiny_config, tiny_model, weights, shards, tmp_path):
     config = tiny_config(NO_CRF)
     out = pseudo.run(config, str(shards.root), weights, tmp_path / "out")
-    assert sorted(masks(out)) == [f"image_{n}.png" for n in range(3)]
-    assert sorted(path.name for path in out.iterdir()) == ["about.json", *masks(out)]
+    assert sorted(written(out)) == [f"image_{n}.png" for n in range(3)]
+    assert sorted(path.name for path in out.iterdir()) == ["about.json", *written(out)]
     rng = np.random.default_rng(0)
     image_HW3 = rng.integers(0, 256, (48, 64, 3), np.uint8)  # image_0
     image_HW3[0, 0] = 0
@@ -191,10 +191,10 @@ def test_masks_of_a_set_are_palette_pictures_of_the_images_sizes(tiny_config, ti
 def test_masks_that_are_there_are_kept_and_only_missing_ones_are_written(tiny_config, weights, shards, tmp_path):
     config, out = tiny_config(NO_CRF), tmp_path / "out"
     pseudo.run(config, str(shards.root), weights, out, "0")
-    assert sorted(masks(out)) == ["image_0.png", "image_1.png"]
+    assert sorted(written(out)) == ["image_0.png", "image_1.png"]
     (out / "image_0.png").write_bytes(b"kept")
     pseudo.run(config, str(shards.root), weights, out)
-    again = masks(out)
+    again = written(out)
     assert len(again) == 3 and again["image_0.png"] == b"kept"
 
 
@@ -202,7 +202,7 @@ def test_a_mask_that_another_job_wrote_meanwhile_is_kept(tiny_config, tiny_model
     samples = [*StoredSamples(shards, shards.entries, 0)]
     (tmp_path / "image_1.png").write_bytes(b"kept")
     pseudo.write_masks(tiny_model(), tiny_config(NO_CRF), samples, tmp_path)
-    assert len(masks(tmp_path)) == 3 and masks(tmp_path)["image_1.png"] == b"kept"
+    assert len(written(tmp_path)) == 3 and written(tmp_path)["image_1.png"] == b"kept"
 
 
 def test_a_wrong_set_or_selection_makes_no_folder(tiny_config, weights, shards, tmp_path):
@@ -216,4 +216,4 @@ def test_the_command_writes_into_the_run(tiny_config, weights, shards, tmp_path,
     save(tiny_config(NO_CRF, f"data.train={shards.root}"), tmp_path / "recipe.yaml")
     pseudo.main(["--config", str(tmp_path / "recipe.yaml"), "--shards", "1:"])
     assert capsys.readouterr().out.strip() == f"masks: {tmp_path / 'run/pseudo'}"
-    assert list(masks(tmp_path / "run/pseudo")) == ["image_2.png"]
+    assert list(written(tmp_path / "run/pseudo")) == ["image_2.png"]

@@ -201,7 +201,10 @@ class StoredSamples:
 
     def __iter__(self) -> Iterator[DecodedSample]:
         decoding = _Decoding(self.index, self.entries)
-        return _unwrapped(DataLoader(decoding, batch_size=None, num_workers=self.workers, collate_fn=_identity))
+        loader = DataLoader(
+            decoding, batch_size=None, num_workers=self.workers, collate_fn=_identity, worker_init_fn=obey_only_the_parent
+        )
+        return _unwrapped(loader)
 
 
 @dataclass(frozen=True)

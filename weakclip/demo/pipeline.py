@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from weakclip import crf, labels, pictures, pseudo, weights
+from weakclip import crf, labels, masks, pictures, pseudo, weights
 from weakclip import run as runs
 from weakclip.config import Config, CrfConfig
 from weakclip.data.shard import DecodedSample, Index, Sample, build_shards
 from weakclip.data.stream import StoredSamples, cam_maps, open_index, seed_mask
 from weakclip.demo import cam, world
 from weakclip.engine import World
-from weakclip.evaluate import best_cam_threshold, read_mask, score, truth
+from weakclip.evaluate import best_cam_threshold, score, truth
 from weakclip.files import write_whole
 from weakclip.seeds import cam_to_probabilities
 from weakclip.train import train
@@ -65,8 +65,8 @@ def run(config: Config) -> dict[str, float]:
 
 def mask_score(config: Config, index: Index, out: Path) -> float:
     """mIoU (%) of the last weights' masks of a shard set; the masks go to `out`."""
-    masks = pseudo.run(config, str(index.root), weights.find(config, "last"), out)
-    return 100 * score(_samples(config, index), lambda sample: read_mask(masks, sample.key), index.classes).miou
+    pseudo.run(config, str(index.root), weights.find(config, "last"), out)
+    return 100 * score(_samples(config, index), lambda sample: masks.read(out, sample.key), index.classes).miou
 
 
 def crf_settings(config: Config) -> CrfConfig:
@@ -148,11 +148,11 @@ def cam_scores(config: Config, index: Index) -> dict[str, float]:
     return {"cam": 100 * scores.miou, "cam_crf": 100 * score(_samples(config, index), refined, index.classes).miou}
 
 
-def draw(config: Config, index: Index, masks: Path, count: int = 12) -> Image.Image:
+def draw(config: Config, index: Index, made: Path, count: int = 12) -> Image.Image:
     """Image, CAM, seed, WeakCLIP's mask and the exact one."""
     rows = []
     for sample in StoredSamples(index, index.entries[:count], workers=0):
-        coloured = [seed_mask(sample, config.seeds), read_mask(masks, sample.key), truth(sample)]
+        coloured = [seed_mask(sample, config.seeds), masks.read(made, sample.key), truth(sample)]
         found = [sample.image, pictures.heat(sample.image, cam_maps(sample)), *map(pictures.colour_mask, coloured)]
         rows.append(pictures.Row(sample.key, sample.classes, found))
     return pictures.sheet(rows, index.classes, ("image", "CAM", "seed (white: ignored)", "WeakCLIP", "exact mask"))

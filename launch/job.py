@@ -1,0 +1,51 @@
+"""What submitit pickles, and runs in each task of a job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from submitit.helpers import DelayedSubmission
+
+from weakclip import config as configs
+from weakclip.interrupt import Interrupted
+from weakclip.stages import STAGES
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage, or one part of it. It goes on with whatever earlier runs of it have left.
+
+    config: the resolved recipe. part: the shards "A:B" of an array's task. requeues: how often it may still begin anew by itself.
+    """
+
+    stage: str
+    config: Path
+    part: str | None
+    requeues: int
+
+    def __call__(self) -> None:
+        # submitit's handler of USR2: rank 0 calls checkpoint(), puts the job into the queue again and ends. A training replaces
+        # it, so as to save first, and comes back to it.
+        begin_anew = signal.getsignal(signal.SIGUSR2)
+        try:
+            STAGES[self.stage].run(configs.load(self.config), self.part)
+        except Interrupted as stop:
+            if stop.signal is signal.SIGUSR2 and callable(begin_anew):
+                begin_anew(signal.SIGUSR2, None)
+                # Not rank 0. An exit of its own would make Slurm end rank 0 before that has done it.
+                time.sleep(60 if "SLURM_JOB_ID" in os.environ else 0)
+            sys.exit(os.EX_TEMPFAIL)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """The job as it begins anew."""
+        if self.requeues == 0:
+            raise RuntimeError("not put into the queue again: `requeues` are used up; submit the stage again to go on")
+        return DelayedSubmission(replace(self, requeues=self.requeues - 1))

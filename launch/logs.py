@@ -1,0 +1,26 @@
+"""What a job says: the logs of its tasks in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def files(folder: Path, job: str) -> list[Path]:
+    """Those of a job and of its array's tasks that say anything, the one written to last at the end."""
+    found = [path for path in folder.glob(f"{job}_*_log.*") if path.stat().st_size]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def last_line(folder: Path, job: str) -> str:
+    """What went wrong lately ("error: ..."), if anything did, else the newest line; "" where there is none."""
+    newest = [_lines(path) for path in files(folder, job)]
+    errors = [line for lines in newest for line in lines[-30:] if line.startswith("error: ")]
+    return (errors or [lines[-1] for lines in newest if lines] or [""])[-1]
+
+
+def _lines(path: Path) -> list[str]:
+    """The last lines, but for submitit's own; a progress bar is as many as it was drawn times."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 20_000, 0))
+        text = file.read().decode(errors="replace").replace("\r", "\n")
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("submitit INFO")]

@@ -1,0 +1,167 @@
+"""What a job asks of a cluster: defaults in a small YAML (configs/cluster/), changed by options of launch/submit.py."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from weakclip.config import ConfigError
+from weakclip.stages import STAGES, Stage
+
+
+@dataclass
+class Resources:
+    """Of one stage. Each field is an option of launch/submit.py as well, `setup`, `signal_delay` and `stages` apart."""
+
+    nodes: int = 1
+    """Nodes of a stage whose ranks work together; a task of an array has one."""
+    gpus_per_node: int = 8
+    """GPUs of a node, a rank each; 0: one rank a node, on the CPU. A task of an array has one GPU, if this is not 0."""
+    cpus_per_task: int = 8
+    """CPU cores of each rank or task; its loader processes (data.workers) run on them."""
+    mem: str | None = None
+    """Memory of a node, such as 200GB; null: as much as the cluster gives."""
+    time: str = "24:00:00"
+    """Longest time, as Slurm writes it: minutes, hours:minutes:seconds or days-hours:minutes:seconds."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    """Nodes to avoid."""
+    array_size: int = 16
+    """Tasks of an array, at most; each takes a slice of the shards."""
+    array_parallelism: int = 16
+    """Tasks of an array that run at a time."""
+    container: str | None = None
+    """Image that the job runs in: a .sif file by Apptainer, anything else by pyxis."""
+    requeues: int = 20
+    """How often a job that Slurm preempts or stops at its time limit goes on by itself."""
+    signal_delay: int = 120
+    """Seconds before the time limit at which the job is told to write its checkpoint."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before the job, such as `module load cuda`."""
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What differs for a stage: its name, then any of the above."""
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "cpus_per_task", "array_size", "array_parallelism", "signal_delay"):
+            _require(getattr(self, name) >= 1, f"{name} must be 1 or more")
+        for name in ("gpus_per_node", "requeues"):
+            _require(getattr(self, name) >= 0, f"{name} must be 0 or more")
+        _require(self.minutes > 0, f"time: {self.time!r} is no time of Slurm's, such as 90, 12:00:00 or 2-00:00:00")
+        _require(
+            60 * self.minutes > self.signal_delay, f"time: {self.time} is over before signal_delay, {self.signal_delay} seconds"
+        )
+        if unknown := self.stages.keys() - STAGES.keys():
+            raise ConfigError(f"stages.{min(unknown)}: no such stage; there are {', '.join(STAGES)}")
+
+    @classmethod
+    def read(cls, file: Path | None, options: Mapping[str, Any]) -> Resources:
+        """The YAML `file`, if any, changed by those options that are not None. Raises ConfigError naming what is wrong."""
+        given = {name: value for name, value in options.items() if value is not None}
+        if file is not None and not file.is_file():
+            raise ConfigError(f"{file}: no such file of cluster defaults; configs/cluster/ has examples")
+        return _merged(_merged(cls(), OmegaConf.load(file) if file else {}, str(file)), given, "command line")
+
+    def of(self, stage: Stage, options: Mapping[str, Any]) -> Resources:
+        """Those of one stage; the command line has the last word."""
+        given = {name: value for name, value in options.items() if value is not None}
+        merged = _merged(self, self.stages.get(stage.name, {}), f"stages.{stage.name}")
+        merged = _merged(merged, given, "command line")
+        if stage.kind == "ranks":
+            return merged
+        return replace(merged, nodes=1, gpus_per_node=min(merged.gpus_per_node, 1) if stage.kind == "array" else 0)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return max(self.gpus_per_node, 1)
+
+    @property
+    def minutes(self) -> int:
+        """`time` in minutes, rounded up; 0 where it cannot be read."""
+        found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", self.time)
+        if not found:
+            return 0
+        days, first, second, third = (None if part is None else int(part) for part in found.groups())
+        if days is not None:  # days-hours[:minutes[:seconds]]
+            seconds = 86400 * days + 3600 * (first or 0) + 60 * (second or 0) + (third or 0)
+        elif third is not None:  # hours:minutes:seconds
+            seconds = 3600 * (first or 0) + 60 * (second or 0) + third
+        else:  # minutes[:seconds]
+            seconds = 60 * (first or 0) + (second or 0)
+        return math.ceil(seconds / 60)
+
+    def slurm(self, name: str, setup: Sequence[str], dependency: str | None = None) -> dict[str, Any]:
+        """Parameters of submitit's SlurmExecutor. setup: further shell lines, after one's own."""
+        # Since 22.05 srun no longer takes the cores from sbatch. A rank that fails must end the others, which wait for it.
+        srun = [f"--cpus-per-task={self.cpus_per_task}", "--kill-on-bad-exit=1"]
+        if self.container and not self.container.endswith(".sif"):
+            here = Path.cwd()
+            srun += [f"--container-image={self.container}", f"--container-mounts={here}:{here}", f"--container-workdir={here}"]
+        wishes = ("nodes", "cpus_per_task", "mem", "partition", "account", "qos", "constraint", "exclude", "array_parallelism")
+        # A dead node requeues the job; a dependent of a failed one ends instead of waiting for ever.
+        further = {"requeue": True, **({"kill-on-invalid-dep": "yes"} if dependency else {})}
+        parameters = {
+            **{wish: getattr(self, wish) for wish in wishes},
+            "job_name": name,
+            "ntasks_per_node": self.ranks_per_node,
+            "gpus_per_node": self.gpus_per_node or None,
+            "time": self.minutes,
+            "signal_delay_s": self.signal_delay,
+            "srun_args": srun,
+            "setup": [*self.setup, *setup],
+            "dependency": dependency,
+            "additional_parameters": further,
+        }
+        return {key: value for key, value in parameters.items() if value is not None}
+
+    def local(self) -> dict[str, Any]:
+        """Parameters of submitit's LocalExecutor. Raises ConfigError for what one machine has not."""
+        _require(self.nodes == 1, f"nodes: {self.nodes}, but without Slurm there is only this machine")
+        _require(self.container is None, "container: there is no Slurm to start it; start this command in it instead")
+        gpus = min(self.gpus_per_node, gpus_here())
+        return {
+            "tasks_per_node": max(gpus, 1),
+            "gpus_per_node": gpus,
+            "timeout_min": self.minutes,
+            "signal_delay_s": self.signal_delay,
+        }
+
+
+def gpus_here() -> int:
+    """GPUs of this machine."""
+    import torch  # takes seconds, which no one needs to wait who submits to Slurm
+
+    return torch.cuda.device_count()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """An option for each field that a command line may change, described by `Resources`."""
+    for item in fields(Resources):
+        if item.name not in ("setup", "stages", "signal_delay"):
+            kind = int if isinstance(item.default, int) else str
+            parser.add_argument(f"--{item.name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "TEXT")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _merged(base: Resources, changes: Any, source: str) -> Resources:
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), changes))  # type: ignore[return-value]
+    except ConfigKeyError as error:
+        known = ", ".join(asdict(base))
+        raise ConfigError(f"{source}: unknown key {error.full_key!r}; there are {known}") from error
+    except (OmegaConfBaseException, ConfigError) as error:
+        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error

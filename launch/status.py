@@ -1,0 +1,110 @@
+"""How a run's stages are: job, state, progress, time left, and what they said last.
+
+python launch/status.py runs/voc
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch import journal, logs, slurm
+from launch.journal import Entry
+from weakclip import cli
+from weakclip import config as configs
+from weakclip.config import Config, ConfigError
+from weakclip.data.shard import Index
+from weakclip.stages import STAGES, Progress
+from weakclip.tables import Table
+
+FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED", "CANCELLED"}
+
+
+def table(run: Path) -> Table:
+    """A row for the newest job of each stage. Raises ConfigError when nothing was submitted for the run."""
+    newest = {entry.stage: entry for entry in journal.read(run)}
+    if not newest:
+        raise ConfigError(f"{run}: no job was submitted for it; python launch/submit.py does that")
+    tasks = slurm.tasks(entry.job for entry in newest.values() if entry.cluster == "slurm")
+    states = {entry.job: _states(entry, tasks) for entry in newest.values()}
+    rows = [
+        (
+            stage,
+            newest[stage].job,
+            _in_words(newest[stage], states, [*newest.values()]),
+            *_progress(stage, newest[stage]),
+            _last(newest[stage]),
+        )
+        for stage in STAGES
+        if stage in newest
+    ]
+    return Table(str(run), ("stage", "job", "state", "progress", "left", "last line"), rows)
+
+
+def _states(entry: Entry, tasks: Sequence[slurm.Task]) -> Counter[str]:
+    """How many tasks of a job are in each state."""
+    if entry.cluster == "slurm":
+        return Counter(task.state for task in tasks if task.job == entry.job) or Counter(["UNKNOWN"])
+    return Counter("RUNNING" if Path(f"/proc/{pid}").exists() else "ENDED" for pid in entry.job.split(","))
+
+
+def _in_words(entry: Entry, states: dict[str, Counter[str]], entries: Sequence[Entry]) -> str:
+    counts = states[entry.job]
+    words = ", ".join(f"{count} {state}" for state, count in counts.items()) if entry.tasks else next(iter(counts))
+    for other in entries:
+        if other.job in entry.after and counts.keys() & {"CANCELLED"} and states[other.job].keys() & FAILED:
+            return f"{words}: {other.stage} failed"
+    return words
+
+
+def _progress(stage: str, entry: Entry) -> tuple[str, str]:
+    """How much of the stage is done, and the time left at the rate so far."""
+    config = configs.load(Path(entry.folder) / "config.yaml")
+    try:
+        progress = STAGES[stage].progress(config, Index.load(config.data.train, config.data))
+    except ValueError as error:
+        return f"? ({error})", ""
+    steps = _newest_steps(config) if stage == "train" else []
+    if steps:
+        progress = Progress(int(steps[-1][1]), progress.total, progress.unit)
+    times = steps or sorted(
+        (path.stat().st_mtime, number) for number, path in enumerate((Path(config.run) / "pseudo").glob("*.png"))
+    )
+    return str(progress), "" if progress.complete else _left(times, progress)
+
+
+def _newest_steps(config: Config) -> list[tuple[float, float]]:
+    """(time, step) of the last lines of metrics.jsonl."""
+    path = Path(config.run) / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_text().splitlines()[-20:] if line.endswith("}")]
+    return [(found["time"], found["step"]) for found in map(json.loads, lines) if "lr" in found]
+
+
+def _left(times: Sequence[tuple[float, float]], progress: Progress) -> str:
+    if len(times) < 2 or times[-1][1] <= times[0][1]:
+        return ""
+    seconds_each = (times[-1][0] - times[0][0]) / (times[-1][1] - times[0][1])
+    return str(timedelta(seconds=round(seconds_each * (progress.total - progress.done))))
+
+
+def _last(entry: Entry) -> str:
+    return max((logs.last_line(Path(entry.folder), job) for job in entry.job.split(",")), key=len)[:120]
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python launch/status.py", description="How a run's stages are.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, such as runs/voc")
+    print(table(parser.parse_args(arguments).run))
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

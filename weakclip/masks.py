@@ -1,0 +1,73 @@
+"""A folder of masks: KEY.png, 8-bit palette PNGs of class indices, and about.json, which says what made them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from weakclip import labels
+from weakclip.config import Config, ConfigError
+from weakclip.data.shard import Entry, sha256
+from weakclip.files import write_whole
+
+
+def about(config: Config, weights: Path) -> dict[str, Any]:
+    """What decides how the masks come out, for JSON."""
+    return {"weights": sha256(weights), "scale": config.data.scale, **asdict(config.pseudo)}
+
+
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """What made the masks in `folder`; None where none have been begun."""
+    note = folder / "about.json"
+    return json.loads(note.read_text()) if note.is_file() else None
+
+
+def claim(folder: Path, config: Config, weights: Path) -> None:
+    """Make `folder`, or see that what is in it was made by the same weights and options.
+
+    Raises ConfigError when it was not: masks of two models are never mixed.
+    """
+    now, earlier = about(config, weights), read_about(folder)
+    if earlier is not None and earlier != now:
+        raise ConfigError(
+            f"{folder} holds masks of other weights or options (see {folder}/about.json); give another --out or remove it"
+        )
+    if earlier is None and folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds files that are no pseudo masks; give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "about.json", json.dumps(now, indent=1) + "\n")
+
+
+def missing(folder: Path, entries: Iterable[Entry]) -> list[Entry]:
+    """Those that have no mask yet."""
+    made = {path.name for path in folder.glob("*.png")}
+    return [entry for entry in entries if f"{entry.key}.png" not in made]
+
+
+def save(mask_HW: np.ndarray, path: Path) -> None:
+    picture = Image.fromarray(mask_HW)
+    picture.putpalette(labels.palette())
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())
+
+
+def read(folder: Path, key: str) -> np.ndarray:
+    """The mask KEY.png, uint8 H x W. Raises ValueError naming the file when it is missing or no 8-bit mask."""
+    path = folder / f"{key}.png"
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in ("P", "L"):
+                raise ValueError(f"{path}: a mask is an 8-bit palette or grey PNG, this is {picture.mode}")
+            return np.array(picture)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; write it with python -m weakclip.pseudo") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error}; remove it and run python -m weakclip.pseudo again") from None
