@@ -12,7 +12,6 @@ from pathlib import Path
 from submitit.helpers import DelayedSubmission
 
 from weakclip import config as configs
-from weakclip.interrupt import Interrupted
 from weakclip.stages import STAGES
 
 
@@ -29,6 +28,8 @@ class StageJob:
     requeues: int
 
     def __call__(self) -> None:
+        from weakclip.interrupt import Interrupted  # with torch, which takes seconds that no one needs to wait who submits
+
         # submitit's handler of USR2: rank 0 calls checkpoint(), puts the job into the queue again and ends. A training replaces
         # it, so as to save first, and comes back to it.
         begin_anew = signal.getsignal(signal.SIGUSR2)
@@ -47,5 +48,6 @@ class StageJob:
     def checkpoint(self) -> DelayedSubmission:
         """The job as it begins anew."""
         if self.requeues == 0:
-            raise RuntimeError("not put into the queue again: `requeues` are used up; submit the stage again to go on")
+            print("error: not put into the queue again: `requeues` are used up; submit the stage again to go on", file=sys.stderr)
+            sys.exit(1)
         return DelayedSubmission(replace(self, requeues=self.requeues - 1))

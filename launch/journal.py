@@ -51,7 +51,7 @@ def add(run: Path, entry: Entry) -> None:
 def next_folder(run: Path, stage: str, skip: int = 0) -> Path:
     """Where the next submission's files go: never where another's were, since a new cluster counts its jobs from 1 again."""
     numbers = [int(path.name.split("-")[0]) for path in (run / "jobs").glob("[0-9]*-*")]
-    return run / "jobs" / f"{max(numbers, default=0) + 1 + skip}-{stage}"
+    return run.resolve() / "jobs" / f"{max(numbers, default=0) + 1 + skip}-{stage}"
 
 
 def write_config(config: Config, folder: Path) -> Path:

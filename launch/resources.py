@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -68,18 +69,16 @@ class Resources:
     def read(cls, file: Path | None, options: Mapping[str, Any]) -> Resources:
         """The YAML `file`, if any, changed by those options that are not None. Raises ConfigError naming what is wrong."""
         given = {name: value for name, value in options.items() if value is not None}
-        if file is not None and not file.is_file():
-            raise ConfigError(f"{file}: no such file of cluster defaults; configs/cluster/ has examples")
-        return _merged(_merged(cls(), OmegaConf.load(file) if file else {}, str(file)), given, "command line")
+        return _merged(_merged(cls(), _read(file) if file else {}, str(file)), given, "command line")
 
     def of(self, stage: Stage, options: Mapping[str, Any]) -> Resources:
         """Those of one stage; the command line has the last word."""
         given = {name: value for name, value in options.items() if value is not None}
         merged = _merged(self, self.stages.get(stage.name, {}), f"stages.{stage.name}")
         merged = _merged(merged, given, "command line")
-        if stage.kind == "ranks":
+        if stage.ranks:
             return merged
-        return replace(merged, nodes=1, gpus_per_node=min(merged.gpus_per_node, 1) if stage.kind == "array" else 0)
+        return replace(merged, nodes=1, gpus_per_node=min(merged.gpus_per_node, 1) if stage.gpus else 0)
 
     @property
     def ranks_per_node(self) -> int:
@@ -155,6 +154,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers stay text until it is known what they are for: 12:00:00 would be 43200 in YAML 1.1."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file of cluster defaults; configs/cluster/ has examples")
+    try:
+        found = yaml.load(file.read_text(), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: not a mapping, such as nodes: 2; configs/cluster/ has examples")
+    return found
 
 
 def _merged(base: Resources, changes: Any, source: str) -> Resources:

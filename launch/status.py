@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,7 +25,7 @@ from weakclip.data.shard import Index
 from weakclip.stages import STAGES, Progress
 from weakclip.tables import Table
 
-FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED", "CANCELLED"}
+FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"}
 
 
 def table(run: Path) -> Table:
@@ -57,11 +58,17 @@ def _states(entry: Entry, tasks: Sequence[slurm.Task]) -> Counter[str]:
 
 def _in_words(entry: Entry, states: dict[str, Counter[str]], entries: Sequence[Entry]) -> str:
     counts = states[entry.job]
-    words = ", ".join(f"{count} {state}" for state, count in counts.items()) if entry.tasks else next(iter(counts))
+    words = ", ".join(f"{number} {state}" for state, number in counts.items()) if entry.tasks else next(iter(counts))
+    failed = _failed_before(entry, states, entries)
+    return f"{words}: {failed} failed" if failed and "CANCELLED" in counts else words
+
+
+def _failed_before(entry: Entry, states: dict[str, Counter[str]], entries: Sequence[Entry]) -> str | None:
+    """The stage that failed, if one did that this one waited for, be it through others."""
     for other in entries:
-        if other.job in entry.after and counts.keys() & {"CANCELLED"} and states[other.job].keys() & FAILED:
-            return f"{words}: {other.stage} failed"
-    return words
+        if other.job in entry.after:
+            return other.stage if states[other.job].keys() & FAILED else _failed_before(other, states, entries)
+    return None
 
 
 def _progress(stage: str, entry: Entry) -> tuple[str, str]:
@@ -71,12 +78,9 @@ def _progress(stage: str, entry: Entry) -> tuple[str, str]:
         progress = STAGES[stage].progress(config, Index.load(config.data.train, config.data))
     except ValueError as error:
         return f"? ({error})", ""
-    steps = _newest_steps(config) if stage == "train" else []
-    if steps:
-        progress = Progress(int(steps[-1][1]), progress.total, progress.unit)
-    times = steps or sorted(
-        (path.stat().st_mtime, number) for number, path in enumerate((Path(config.run) / "pseudo").glob("*.png"))
-    )
+    times = {"train": _newest_steps, "pseudo": _times_of_masks}.get(stage, lambda _: [])(config)
+    if stage == "train" and times:
+        progress = Progress(int(times[-1][1]), progress.total, progress.unit)
     return str(progress), "" if progress.complete else _left(times, progress)
 
 
@@ -89,6 +93,11 @@ def _newest_steps(config: Config) -> list[tuple[float, float]]:
     return [(found["time"], found["step"]) for found in map(json.loads, lines) if "lr" in found]
 
 
+def _times_of_masks(config: Config) -> list[tuple[float, float]]:
+    """(time, number) of each mask."""
+    return [*zip(sorted(path.stat().st_mtime for path in (Path(config.run) / "pseudo").glob("*.png")), count(1), strict=False)]
+
+
 def _left(times: Sequence[tuple[float, float]], progress: Progress) -> str:
     if len(times) < 2 or times[-1][1] <= times[0][1]:
         return ""
@@ -97,7 +106,8 @@ def _left(times: Sequence[tuple[float, float]], progress: Progress) -> str:
 
 
 def _last(entry: Entry) -> str:
-    return max((logs.last_line(Path(entry.folder), job) for job in entry.job.split(",")), key=len)[:120]
+    lines = [logs.last_line(Path(entry.folder), job) for job in entry.job.split(",")]
+    return next((line for line in lines if line.startswith("error: ")), lines[-1])[:120]
 
 
 def main(arguments: Sequence[str]) -> None:

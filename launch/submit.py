@@ -36,7 +36,7 @@ from weakclip.stages import STAGES, Stage
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage that is to run. parts: slices of the shards for an array's tasks; a single null for everything else."""
+    """A stage that is to run. parts: slices of the shards for an array's tasks; a single null where ranks work together."""
 
     stage: Stage
     resources: Resources
@@ -79,8 +79,13 @@ def make_plans(config: Config, options: argparse.Namespace) -> list[Plan]:
         if progress.complete and not plans:  # what comes after a stage that runs is to be made anew
             print(f"{stage.name}: complete ({progress}), skipped")
             continue
+        if progress.done and plans and not stage.overwrites:
+            before = plans[-1].stage.name
+            raise ConfigError(
+                f"{stage.name}: {progress} are there of an earlier {before}; remove them, submit {before} alone, or set run"
+            )
         resources = defaults.of(stage, asked)
-        parts: list[str | None] = slices(len(index.shards), resources, options.array_size) if stage.kind == "array" else [None]
+        parts: list[str | None] = [None] if stage.ranks else slices(len(index.shards), resources, options.array_size)
         folder = journal.next_folder(Path(config.run), stage.name, skip=len(plans))
         plans.append(Plan(stage, resources, parts, folder, f"{options.name or Path(config.run).name}-{stage.name}"))
     return plans
@@ -94,10 +99,10 @@ def slices(shards: int, resources: Resources, asked: int | None) -> list[str | N
     return [f"{task * shards // tasks}:{(task + 1) * shards // tasks}" for task in range(tasks)]
 
 
-def check_free(run: Path) -> None:
+def check_free(run: Path, on_slurm: bool) -> None:
     """Raises ConfigError when a job of this run waits or works."""
     lock.check(run)
-    for entry in journal.read(run):
+    for entry in journal.read(run) if on_slurm else []:
         if entry.cluster == "slurm" and lock.job_lives(entry.job):
             raise ConfigError(f"run: job {entry.job} ({entry.stage}) waits or works on {run}; scancel {entry.job} ends it")
 
@@ -120,8 +125,9 @@ def to_slurm(plans: Sequence[Plan], config: Config, dependency: str | None) -> N
             with slurm.outside_any_job():
                 jobs = executor.submit_array(plan.jobs(config)) if plan.tasks else [executor.submit(*plan.jobs(config))]
         except FailedJobError as error:
-            subprocess.run(["scancel", *submitted], check=False)
-            raise ConfigError(f"{plan.stage.name}: Slurm rejects it: {error}") from None
+            if submitted:
+                subprocess.run(["scancel", *submitted], check=False)
+            raise ConfigError(f"{plan.stage.name}: Slurm rejects it: {' '.join(str(error).split())}") from None
         job = jobs[0].job_id.split("_")[0]
         journal.add(run, Entry.of(plan.stage.name, job, plan.tasks, "slurm", plan.folder, submitted[-1:]))
         print(
@@ -197,7 +203,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
     if options.dry_run:
         dry_run(plans, config, on_slurm)
         return
-    check_free(Path(config.run))
+    check_free(Path(config.run), on_slurm)
     if plans and on_slurm:
         to_slurm(plans, config, options.dependency)
     elif plans:

@@ -6,20 +6,18 @@ python -m weakclip.evaluate --config configs/voc.yaml [--what masks|seeds|cam] [
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from weakclip import cli, labels, masks
+from weakclip import cli, labels, masks, scores
 from weakclip.config import Config
 from weakclip.data.shard import DecodedSample
 from weakclip.data.stream import StoredSamples, cam_maps, open_index, seed_mask, select_shards
-from weakclip.files import write_whole
 from weakclip.metrics import Scores, confusion
 from weakclip.seeds import cam_to_seed
 
@@ -28,11 +26,16 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 def score(samples: Iterable[DecodedSample], predict: Callable[[DecodedSample], np.ndarray], names: Sequence[str]) -> Scores:
     """IoU of `predict(sample)` against each sample's mask. Pixels that a seed ignores (255) count as background."""
-    matrix_KK = np.zeros((len(names), len(names)), np.int64)
-    for sample in tqdm(samples, "scoring", unit=" images", disable=None):
+    return Scores.of(count(tqdm(samples, "scoring", unit=" images", disable=None), predict, len(names)), names)
+
+
+def count(samples: Iterable[DecodedSample], predict: Callable[[DecodedSample], np.ndarray], num_classes: int) -> np.ndarray:
+    """The confusion matrix, int64 K x K, of what `score` scores. Those of several parts add up to that of the whole."""
+    matrix_KK = np.zeros((num_classes, num_classes), np.int64)
+    for sample in samples:
         prediction_HW = predict(sample)
-        matrix_KK += confusion(truth(sample), np.where(prediction_HW == labels.IGNORE, 0, prediction_HW), len(names))
-    return Scores.of(matrix_KK, names)
+        matrix_KK += confusion(truth(sample), np.where(prediction_HW == labels.IGNORE, 0, prediction_HW), num_classes)
+    return matrix_KK
 
 
 def truth(sample: DecodedSample) -> np.ndarray:
@@ -62,18 +65,29 @@ def run(config: Config, what: str, data: str, shards: str | None, folder: Path) 
     index = open_index(data, names, config.data)
     samples = StoredSamples(index, select_shards(index, shards), config.data.workers)
     if what == "cam":
-        threshold, scores = best_cam_threshold(samples, names)
+        threshold, found = best_cam_threshold(samples, names)
         print(f"best threshold {threshold}")
-        return scores
+        return found
     if what == "seeds":
         return score(samples, lambda sample: seed_mask(sample, config.seeds), names)
     return score(samples, lambda sample: masks.read(folder, sample.key), names)
 
 
-def write(scores: Scores, made_by: dict[str, Any] | None, out: Path) -> None:
-    """As JSON. made_by: what the scored masks say of themselves (masks.read_about)."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, json.dumps({**scores.as_dict(), "masks": made_by}, indent=1) + "\n")
+def run_part(config: Config, part: str | None) -> None:
+    """Score the run's masks on the training shards "A:B", shard by shard; what is counted already is left alone.
+
+    Who finds that all shards are counted adds them up.
+    """
+    run = Path(config.run)
+    index = open_index(config.data.train, labels.class_names(config.classes), config.data)
+    shards = groupby(select_shards(index, part), lambda entry: entry.shard)
+    for shard, entries in tqdm([(shard, list(entries)) for shard, entries in shards], "scoring", unit=" shards", disable=None):
+        if scores.counts(run, shard) is None:
+            samples = StoredSamples(index, entries, config.data.workers)
+            matrix_KK = count(samples, lambda sample: masks.read(run / "pseudo", sample.key), len(index.classes))
+            scores.write_counts(run, shard, matrix_KK)
+    if (whole := scores.add_up(run, index)) is not None:
+        print(whole.table())
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -85,10 +99,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="FILE", help="JSON to write (default: RUN/scores-WHAT.json)")
     config, options = cli.parse_config(parser, arguments)
     folder = Path(options.masks or Path(config.run) / "pseudo")
-    scores = run(config, options.what, options.data or config.data.train, options.shards, folder)
+    found = run(config, options.what, options.data or config.data.train, options.shards, folder)
     out = Path(options.out or Path(config.run) / f"scores-{options.what}.json")
-    write(scores, masks.read_about(folder) if options.what == "masks" else None, out)
-    print(scores.table())
+    scores.write(found, masks.read_about(folder) if options.what == "masks" else None, out)
+    print(found.table())
     print(f"written: {out}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from weakclip.config import ConfigError
+from weakclip.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ def check(run: Path) -> None:
 
 def take(run: Path) -> None:
     """Make this process the one that works on `run`. Raises ConfigError when another one does."""
-    check(run)
-    _path(run).unlink(missing_ok=True)
+    directory = os.open(run, os.O_RDONLY)
     try:
-        with _path(run).open("x") as file:
-            json.dump(asdict(Holder.here()), file)
-    except FileExistsError:
-        raise ConfigError(f"run: {run}: another job began on it at the same moment") from None
+        fcntl.flock(directory, fcntl.LOCK_EX)  # two who find the lock of the same dead job take turns
+        check(run)
+        write_whole(_path(run), json.dumps(asdict(Holder.here())) + "\n")
+    finally:
+        os.close(directory)
 
 
 def release(run: Path) -> None:
@@ -90,8 +92,12 @@ def _read(run: Path) -> Holder | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks since boot, so that another one of the same number isn't taken for it."""
+    """When a process began, in the kernel's ticks since boot, so that another one of the same number isn't taken for it.
+
+    None for one that has ended, be it that its parent hasn't heard of it yet.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if state in "ZX" else fields[18]

@@ -1,7 +1,7 @@
 """The run directory: everything of a run that survives a job lies in it.
 
 runs/NAME/  config.yaml  data.json  checkpoints/step-N.safetensors  weights/{best,last}.safetensors  best.json
-            pseudo/  scores.json  tensorboard/  metrics.jsonl  lock.json  jobs/
+            pseudo/  scores/  scores-masks.json  tensorboard/  metrics.jsonl  lock.json  jobs/
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def claim(config: Config, resume: bool) -> Path:
 
 def _may_come_first(path: Path) -> bool:
     """Seeds and CAMs may be scored, sweeps begun and jobs submitted before there is a run."""
-    return path.name in ("sweeps", "jobs") or path.name.startswith("scores-")
+    return path.name in ("sweeps", "jobs", "scores") or path.name.startswith("scores-")
 
 
 def check_same(config: Config) -> None:

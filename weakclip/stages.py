@@ -6,13 +6,12 @@ does what is missing. Importing this module is light: a login node asks it befor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from weakclip import masks
+from weakclip import masks, scores
 from weakclip import run as runs
 from weakclip.config import Config, ConfigError
 from weakclip.data.shard import Index
@@ -33,16 +32,17 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """kind: "ranks" that work together, an "array" of tasks with a slice of the shards each, or "one" process.
-
-    run: does the stage on a config and, in an array, on the shards "A:B". Raises ValueError for what the user can mend.
-    progress: of a config on its training shards. Raises ConfigError where products of another config are in the way.
-    """
-
     name: str
-    kind: Literal["ranks", "array", "one"]
+    ranks: bool
+    """One job of ranks that work together; else an array of tasks, with a slice of the shards each."""
+    gpus: bool
+    """It has use for them."""
+    overwrites: bool
+    """It replaces what it made of other weights; else that must be removed first."""
     run: Callable[[Config, str | None], None]
+    """Does it, on a config and, in an array, on the shards "A:B". Raises ValueError for what the user can mend."""
     progress: Callable[[Config, Index], Progress]
+    """Of a config on its training shards. Raises ConfigError where products of another config are in the way."""
 
 
 def best_weights(run: Path) -> Path | None:
@@ -79,36 +79,29 @@ def _pseudo_progress(config: Config, index: Index) -> Progress:
     return Progress(len(index.entries) - len(masks.missing(folder, index.entries)), len(index.entries), "images")
 
 
-def _evaluate(config: Config, _part: str | None) -> None:
+def _evaluate(config: Config, part: str | None) -> None:
     from weakclip import evaluate
 
-    scores = evaluate.run(config, "masks", config.data.train, None, _masks(config))
-    evaluate.write(scores, masks.read_about(_masks(config)), _scores(config))
-    print(scores.table())
+    evaluate.run_part(config, part)
 
 
 def _evaluate_progress(config: Config, index: Index) -> Progress:
-    """The scores stand when they are of the masks that are there now."""
-    made_by = masks.read_about(_masks(config))
-    scored = json.loads(_scores(config).read_text()) if _scores(config).is_file() else {}
-    current = made_by is not None and scored.get("masks") == made_by
-    return Progress(len(index.entries) if current else 0, len(index.entries), "images")
+    run, shards = Path(config.run), [shard.name for shard in index.shards if shard.samples]
+    counted = sum(scores.counts(run, shard) is not None for shard in shards)
+    added_up = counted == len(shards) and scores.are_whole(run)
+    return Progress(min(counted, len(shards) if added_up else len(shards) - 1), len(shards), "shards")
 
 
 def _masks(config: Config) -> Path:
     return Path(config.run) / "pseudo"
 
 
-def _scores(config: Config) -> Path:
-    return Path(config.run) / "scores-masks.json"
-
-
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("train", "ranks", _train, _train_progress),
-        Stage("pseudo", "array", _pseudo, _pseudo_progress),
-        Stage("evaluate", "one", _evaluate, _evaluate_progress),
+        Stage("train", ranks=True, gpus=True, overwrites=False, run=_train, progress=_train_progress),
+        Stage("pseudo", ranks=False, gpus=True, overwrites=False, run=_pseudo, progress=_pseudo_progress),
+        Stage("evaluate", ranks=False, gpus=False, overwrites=True, run=_evaluate, progress=_evaluate_progress),
     )
 }
 """In the order of the chain: each needs all before it."""

@@ -97,10 +97,10 @@ def make_shards(config: Config, seen: Path, unseen: Path) -> tuple[Index, Index]
         def training_sample(index: int) -> Sample:
             maps = cam.activation_maps(network, _tensor(drawn[index]), drawn[index].classes)
             exact = _png(drawn[index].mask) if demo.seeds == "exact" else None
-            return replace(_sample(f"train_{index:05d}", drawn[index]), cam=maps, seed=exact)
+            return replace(shard_sample(f"train_{index:05d}", drawn[index]), cam=maps, seed=exact)
 
         def unseen_sample(index: int) -> Sample:
-            return _sample(f"unseen_{index:05d}", world.picture(demo.seed, UNSEEN + index))
+            return shard_sample(f"unseen_{index:05d}", world.picture(demo.seed, UNSEEN + index))
 
         for path, load, count in ((seen, training_sample, demo.size), (unseen, unseen_sample, demo.size // 4)):
             if not (path / "index.json").is_file():
@@ -120,7 +120,7 @@ def _tensor(picture: world.Picture) -> torch.Tensor:
     return torch.from_numpy(picture.image).permute(2, 0, 1).contiguous()
 
 
-def _sample(key: str, picture: world.Picture) -> Sample:
+def shard_sample(key: str, picture: world.Picture) -> Sample:
     buffer = io.BytesIO()
     Image.fromarray(picture.image).save(buffer, "JPEG", quality=95)
     H, W = picture.mask.shape

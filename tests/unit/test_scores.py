@@ -1,0 +1,73 @@
+"""Scores counted shard by shard: any number of jobs gives the scores of one, and scores of other masks count for nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from weakclip import evaluate, masks, scores
+from weakclip.data.shard import Index
+
+
+@pytest.fixture
+def judged(make_shards, tiny_config, tmp_path):
+    """A config with random masks of seven images in three shards, and the shard set."""
+    index = make_shards(tmp_path / "set")
+    config = tiny_config(f"data.train={index.root}")
+    folder = Path(config.run) / "pseudo"
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"1")
+    masks.claim(folder, config, weights)
+    for number, entry in enumerate(index.entries):
+        masks.save(np.random.default_rng(number).integers(0, 3, (48, 64), np.uint8), folder / f"{entry.key}.png")
+    return config, index
+
+
+def whole(run: Path) -> dict:
+    return json.loads((run / scores.WHOLE).read_text())
+
+
+@pytest.mark.parametrize("parts", [[None], ["0:1", "1:3"], ["2:3", "0:1", "1:2"], ["0:3", "0:3"]], ids=str)
+def test_parts_add_up_to_the_whole(judged, parts):
+    config, index = judged
+    run = Path(config.run)
+    for number, part in enumerate(parts):
+        assert number == 0 or part == "0:3" or not (run / scores.WHOLE).exists()
+        evaluate.run_part(config, part)
+    at_once = evaluate.run(config, "masks", str(index.root), None, run / "pseudo")
+    assert whole(run) == {**at_once.as_dict(), "masks": masks.read_about(run / "pseudo")}
+
+
+def test_a_shard_that_is_counted_is_not_read_again(judged):
+    config, _ = judged
+    evaluate.run_part(config, "0:1")
+    (Path(config.run) / "pseudo" / "image_0.png").unlink()
+    evaluate.run_part(config, None)
+    assert whole(Path(config.run))["miou"] > 0
+
+
+def test_counts_of_other_masks_are_counted_anew(judged, tmp_path):
+    config, index = judged
+    run = Path(config.run)
+    evaluate.run_part(config, None)
+    before = whole(run)
+    (run / "pseudo" / "about.json").write_text('{"weights": "others"}')
+    assert all(scores.counts(run, shard.name) is None for shard in index.shards) and scores.add_up(run, index) is None
+    for entry in index.entries:
+        masks.save(np.zeros((48, 64), np.uint8), run / "pseudo" / f"{entry.key}.png")
+    evaluate.run_part(config, None)
+    assert whole(run)["masks"] == {"weights": "others"} and whole(run)["miou"] != before["miou"]
+
+
+def test_a_shard_without_samples_keeps_nobody_waiting(judged, tmp_path):
+    config, index = judged
+    raw = json.loads((index.root / "index.json").read_text())
+    raw["shards"].append({"name": "shard-00009.tar", "bytes": 10240, "sha256": "0" * 64, "samples": []})
+    (index.root / "shard-00009.tar").write_bytes(bytes(10240))
+    (index.root / "index.json").write_text(json.dumps(raw))
+    assert len(Index.load(index.root).shards) == 4
+    evaluate.run_part(config, None)
+    assert whole(Path(config.run))["miou"] > 0
