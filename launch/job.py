@@ -37,9 +37,10 @@ class StageJob:
             STAGES[self.stage].run(configs.load(self.config), self.part)
         except Interrupted as stop:
             if stop.signal is signal.SIGUSR2 and callable(begin_anew):
-                begin_anew(signal.SIGUSR2, None)
-                # Not rank 0. An exit of its own would make Slurm end rank 0 before that has done it.
-                time.sleep(60 if "SLURM_JOB_ID" in os.environ else 0)
+                begin_anew(signal.SIGUSR2, None)  # rank 0 doesn't come back
+            # Slurm is going to end this process. Who ends before makes Slurm end rank 0, maybe too early; and a job that SIGTERM told
+            # to make room only begins anew if it waits for its end.
+            time.sleep(600 if "SLURM_JOB_ID" in os.environ else 0)
             sys.exit(os.EX_TEMPFAIL)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -50,7 +50,7 @@ class Plan:
         return len(self.parts) if len(self.parts) > 1 else None
 
     def jobs(self, config: Config) -> list[StageJob]:
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = journal.write_config(config, self.folder)
         return [StageJob(self.stage.name, path, part, self.resources.requeues) for part in self.parts]
 

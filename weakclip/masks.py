@@ -39,10 +39,14 @@ def claim(folder: Path, config: Config, weights: Path) -> None:
         raise ConfigError(
             f"{folder} holds masks of other weights or options (see {folder}/about.json); give another --out or remove it"
         )
-    if earlier is None and folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds files that are no pseudo masks; give another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "about.json", json.dumps(now, indent=1) + "\n")
+    if earlier is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Other tasks of an array may be claiming it at this moment, or have been killed as they did.
+        if any(
+            path.name != "about.json" and path.suffix != ".partial" for path in folder.iterdir() if read_about(folder) is None
+        ):
+            raise ConfigError(f"{folder} holds files that are no pseudo masks; give another --out")
+        write_whole(folder / "about.json", json.dumps(now, indent=1) + "\n")
 
 
 def missing(folder: Path, entries: Iterable[Entry]) -> list[Entry]:

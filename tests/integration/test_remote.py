@@ -75,7 +75,7 @@ def settings(tiny_config, tmp_path) -> Callable[..., Config]:
 
     def make(cache: bool, *overrides: str) -> Config:
         directory = [f"data.cache={tmp_path / 'cache'}"] if cache else []
-        return tiny_config("data.retries=8", "data.timeout=1", *directory, *overrides)
+        return tiny_config("data.retries=8", "data.timeout=2", *directory, *overrides)
 
     return make
 

@@ -130,6 +130,13 @@ def test_masks_of_other_weights_are_refused(tiny_config, tiny_model, weights, tm
         masks.claim(tmp_path / "out", tiny_config(), weights)
 
 
+def test_a_folder_that_another_task_is_just_claiming_is_no_strangers(tiny_config, weights, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/about.json.deadbeef.partial").touch()
+    masks.claim(tmp_path / "out", tiny_config(), weights)
+    assert masks.read_about(tmp_path / "out") == masks.about(tiny_config(), weights)
+
+
 def test_a_folder_of_other_files_is_refused(tiny_config, weights, tmp_path):
     (tmp_path / "out").mkdir()
     masks.claim(tmp_path / "out", tiny_config(), weights)  # empty: taken
