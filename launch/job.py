@@ -38,8 +38,8 @@ class StageJob:
         except Interrupted as stop:
             if stop.signal is signal.SIGUSR2 and callable(begin_anew):
                 begin_anew(signal.SIGUSR2, None)  # rank 0 doesn't come back
-            # Slurm is going to end this process. Who ends before makes Slurm end rank 0, maybe too early; and a job that was told by
-            # SIGTERM to make room only begins anew if it waits for its end.
+            # Slurm is going to end this process. Who ends before makes Slurm end rank 0, maybe too early.
+            # And a job that SIGTERM told to make room begins anew only if it waits for its end.
             time.sleep(600 if "SLURM_JOB_ID" in os.environ else 0)
             sys.exit(os.EX_TEMPFAIL)
         except (ValueError, OSError) as error:
