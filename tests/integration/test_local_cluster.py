@@ -85,6 +85,12 @@ def test_array_of_four_reaches_the_accounts(cluster):
     assert [cluster.printed(f"{job}_{task}") for task in range(4)] == [["0"], ["1"], ["2"], ["3"]]
 
 
+def test_a_hundred_tasks_go_through(cluster):
+    job = cluster.submit("echo $SLURM_ARRAY_TASK_ID", "--array=0-99")
+    cluster.wait_until(lambda: cluster.state(job) == ",".join(["COMPLETED"] * 100), 120, job)
+    assert [cluster.printed(f"{job}_{task}") for task in range(100)] == [[str(task)] for task in range(100)]
+
+
 def test_dependents_of_a_failed_job_are_cancelled(cluster):
     failing = cluster.submit("sleep 1; exit 3")
     dependent = cluster.submit("true", f"--dependency=afterok:{failing}")

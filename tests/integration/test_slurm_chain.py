@@ -1,0 +1,81 @@
+"""Stages as a chain of jobs on a real Slurm: what comes out, what is made again, and what a failure does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tests.integration.slurm_runs import losses, masks
+from weakclip.run import checkpoints
+
+pytest_plugins = ["tests.integration.slurm_runs"]
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture
+def trained(reference, tmp_path):
+    """A run that is trained and has no masks yet."""
+    return shutil.copytree(reference, tmp_path / "run", ignore=shutil.ignore_patterns("pseudo", "scores-*", "jobs", "lock.json"))
+
+
+def test_the_chain_gives_what_the_same_run_gives_without_slurm(cluster, submit, launch_tool, reference, tmp_path):
+    jobs = submit("all")
+    assert list(jobs) == ["train", "pseudo", "evaluate"]
+    cluster.wait_until(lambda: set(cluster.state(jobs["evaluate"]).split(",")) == {"COMPLETED"}, 400, *jobs.values())
+    run = tmp_path / "run"
+    assert losses(run) == losses(reference)
+    assert len(masks(run)) == 24 and masks(run) == masks(reference)
+    assert json.loads((run / "scores-masks.json").read_text()) == json.loads((reference / "scores-masks.json").read_text())
+    again = launch_tool("submit", "--stage", "all", "--config", run / "config.yaml")
+    assert [line.split(":")[0] for line in again.stdout.splitlines() if "skipped" in line] == ["train", "pseudo", "evaluate"]
+    shown = launch_tool("status", run).stdout
+    assert shown.count("COMPLETED") == 3 and "40/40 steps" in shown and "24/24 images" in shown and "6/6 shards" in shown
+
+
+def test_after_scancel_of_one_task_only_its_images_are_made(cluster, submit, trained):
+    first = submit("pseudo", "--array-parallelism", 1)["pseudo"]
+    cluster.wait_until(lambda: "RUNNING" in cluster.state(f"{first}_2"), 200, first)
+    cluster.slurm("scancel", f"{first}_2")
+    cluster.wait_until(lambda: cluster.state(f"{first}_3") == "COMPLETED", 200, first)
+    made = {path: path.stat().st_mtime_ns for path in (trained / "pseudo").glob("*.png")}
+    assert 0 < len(made) < 24
+    second = submit("pseudo")["pseudo"]
+    cluster.wait_until(lambda: cluster.state(second) == ",".join(["COMPLETED"] * 4), 200, second)
+    assert len(masks(trained)) == 24
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+
+
+def test_a_failed_stage_ends_its_dependents_and_status_says_why(cluster, submit, launch_tool, tmp_path):
+    jobs = submit("all", "--nodes", 1, "--gpus-per-node", 0, "clip.pretrained=weights/nowhere.pt")
+    cluster.wait_until(lambda: "PENDING" not in cluster.state(jobs["evaluate"]), 120, *jobs.values())
+    shown = {line.split()[0]: line for line in launch_tool("status", tmp_path / "run").stdout.splitlines()[2:]}
+    assert "FAILED" in shown["train"] and "error: " in shown["train"] and "weights/nowhere.pt" in shown["train"]
+    assert "CANCELLED: train failed" in shown["pseudo"]
+
+
+def test_a_job_that_waits_or_works_keeps_others_from_its_run(cluster, submit, launch_tool, recipe, tmp_path):
+    blocker = cluster.submit("sleep 300")
+    job = submit("train", "--dependency", f"afterok:{blocker}")["train"]
+    refused = launch_tool("submit", "--stage", "train", "--config", recipe, f"run={tmp_path / 'run'}", fails=True)
+    assert f"job {job} (train) waits or works on" in refused.stderr and f"scancel {job}" in refused.stderr
+    cluster.slurm("scancel", blocker, job)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--partition", "moon"), "invalid partition specified: moon"),
+        (("--gpus-per-node", "9"), "Requested node configuration is not available"),
+        (("--dependency", "afterok:4242424"), "Slurm knows no job 4242424"),
+        (("--time", "tomorrow"), "'tomorrow' is no time of Slurm's"),
+    ],
+    ids=str,
+)
+def test_what_slurm_would_reject_is_said_before_anything_is_submitted(cluster, launch_tool, recipe, tmp_path, options, said):
+    before = cluster.slurm("squeue", "--noheader", "--states=all")
+    done = launch_tool("submit", "--stage", "all", "--config", recipe, f"run={tmp_path / 'run'}", *options, fails=True)
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert cluster.slurm("squeue", "--noheader", "--states=all") == before and not checkpoints(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
