@@ -117,9 +117,8 @@ def to_slurm(plans: Sequence[Plan], config: Config, dependency: str | None) -> N
     code = journal.copy_code(run)
     submitted: list[str] = []
     for plan in plans:
-        executor = SlurmExecutor(
-            plan.folder, max_num_timeout=1_000_000, python=plan.python
-        )  # StageJob counts its requeues itself
+        # Requeues are limited by StageJob, which counts them itself.
+        executor = SlurmExecutor(plan.folder, max_num_timeout=1_000_000, python=plan.python)
         executor.update_parameters(**plan.resources.slurm(plan.name, _setup(code), dependency))
         try:
             with slurm.outside_any_job():
@@ -130,9 +129,8 @@ def to_slurm(plans: Sequence[Plan], config: Config, dependency: str | None) -> N
             raise ConfigError(f"{plan.stage.name}: Slurm rejects it: {' '.join(str(error).split())}") from None
         job = jobs[0].job_id.split("_")[0]
         journal.add(run, Entry.of(plan.stage.name, job, plan.tasks, "slurm", plan.folder, submitted[-1:]))
-        print(
-            f"{plan.stage.name:<10}job {job}{f'_[0-{plan.tasks - 1}]' if plan.tasks else '':<10}logs {plan.folder}/{job}_*_log.*"
-        )
+        array = f"_[0-{plan.tasks - 1}]" if plan.tasks else ""
+        print(f"{plan.stage.name:<10}job {job + array:<14}logs {plan.folder}/{job}_*_log.*")
         submitted.append(job)
         dependency = f"afterok:{job}"
     print(f"progress  python launch/status.py {run}\ncurves    tensorboard --logdir {run}/tensorboard")
