@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -169,7 +169,8 @@ def test_a_seed_of_one_value_ends_after_ten_draws(value):
     assert (seed_HW == value).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=400, deadline=None)
+@example(H=1, W=3, number=0, values=(0, 7, 255), crop=5, share=0.75, likely=())
 @given(
     H=st.integers(1, 90), W=st.integers(1, 90), number=st.integers(0, 10**6), values=st.sampled_from([(0,), (0, 7), (0, 7, 255)]),
     crop=st.integers(1, 70), share=st.sampled_from([0.3, 0.75, 1.0]), likely=st.sampled_from([(), (7,), (3, 7)]),

@@ -155,12 +155,11 @@ def draw_crop(
         top, left = (int(rng.integers(max(side - config.crop, 0) + 1)) for side in size)
         crop = Crop(size, top, left, config.crop, flip=False)
         rows, columns = shown_rows[crop.window[0]], shown_columns[crop.window[1]]
-        # Counted on the pixels that there are: resizing them first changes the share hardly, and takes longer than all else here.
-        if not _one_class_covers(config.max_class_share, seed_HW[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], likely):
+        shown_WH = cv2.transpose(seed_HW[rows])[columns]  # rows are copied whole, much faster than columns are picked
+        if not _one_class_covers(config.max_class_share, shown_WH, likely):
             break
     crop = replace(crop, flip=bool(rng.random() < config.flip))
-    shown_HW = cv2.transpose(cv2.transpose(seed_HW[rows])[columns])  # whole rows are copied faster than columns are picked
-    return crop, crop.finish(shown_HW, IGNORE)
+    return crop, crop.finish(cv2.transpose(shown_WH), IGNORE)
 
 
 def _nearest(old: int, new: int) -> np.ndarray:
