@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -278,7 +277,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     """Ours as safetensors, or in the released layout (.pth, as mmcv saves it)."""
     ours, meta, _ = checkpoint
     if path.suffix == ".safetensors":
-        data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in ours.items()}, meta)
+        data = weights.packed(ours, meta)
     elif "prompts_ND" not in ours:
         raise ConfigError(f"{path}: a CLIP alone has no place in the released layout; write it as .safetensors")
     else:

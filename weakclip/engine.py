@@ -23,7 +23,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns about the accelerators it looked for in vain
 
 import deepspeed
-import safetensors.torch
 
 from weakclip import archives, elastic, fit, rendezvous, weights
 from weakclip.batchnorm import synchronise
@@ -165,10 +164,9 @@ class Engine:
         self.refresh_plain()
         if self.world.rank == 0:
             state = {f"model/{name}": tensor for name, tensor in self.plain.state_dict().items()} | moments
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
             meta = {"step": str(self.step), "consumed": str(self.consumed)}
             (run / "checkpoints").mkdir(exist_ok=True)
-            write_whole(run / "checkpoints" / f"step-{self.step}.safetensors", safetensors.torch.save(tensors, meta))
+            write_whole(run / "checkpoints" / f"step-{self.step}.safetensors", weights.packed(state, meta))
             stale = (run / "checkpoints").glob("*.partial")  # of a run that was killed as it wrote
             for old in [*checkpoints(run)[: -self.config.train.keep_checkpoints], *stale]:
                 old.unlink()

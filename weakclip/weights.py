@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from weakclip import archives, fit, labels
 from weakclip.config import Config, ConfigError
@@ -73,5 +76,18 @@ def _with_its_own_clip(config: Config, path: Path, extra_names: list[str]) -> Co
 def save(model: WeakCLIP, path: Path, step: int) -> None:
     """The trainable part as safetensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    write_whole(path, safetensors.torch.save(state, metadata={"format": "pt", "step": str(step)}))
+    write_whole(path, packed(model.state_dict(), {"format": "pt", "step": str(step)}))
+
+
+def packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file in which equal contents are equal bytes: a hash of it says which weights they are.
+
+    The library alone writes the metadata in a random order.
+    """
+    data = safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, dict(metadata))
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[start:]
