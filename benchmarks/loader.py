@@ -33,10 +33,11 @@ from weakclip import cli
 from weakclip.config import AugmentConfig, Config
 from weakclip.data.coco import coco_items
 from weakclip.data.plan import generator
-from weakclip.data.shard import Index, Sample, build_shards, read_entry
+from weakclip.data.shard import Index, Sample, read_entry
 from weakclip.data.sources import Item, load_item
 from weakclip.data.stream import Source, TrainingSamples, collate, open_index, training_batches
 from weakclip.data.transforms import IMAGENET, distort, draw_photometric, scaled_size
+from weakclip.data.writing import build_shards
 from weakclip.labels import COCO
 
 CONTESTANTS = ("published", "ours", "ours, distorted and normalised on the CPU")

@@ -13,12 +13,13 @@ from datetime import datetime
 from pathlib import Path
 
 import launch
+import shards
 import weakclip
 from weakclip import config as configs
 from weakclip.config import Config
 from weakclip.files import write_whole
 
-_PACKAGES = tuple(Path(str(package.__file__)).parent for package in (weakclip, launch))
+_PACKAGES = tuple(Path(str(package.__file__)).parent for package in (weakclip, shards, launch))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -21,6 +21,7 @@ from launch.journal import Entry
 from weakclip import cli
 from weakclip import config as configs
 from weakclip.config import Config, ConfigError
+from weakclip.data import writing
 from weakclip.data.shard import Index
 from weakclip.stages import STAGES, Progress
 from weakclip.tables import Table
@@ -75,10 +76,11 @@ def _progress(stage: str, entry: Entry) -> tuple[str, str]:
     """How much of the stage is done, and the time left at the rate so far."""
     config = configs.load(Path(entry.folder) / "config.yaml")
     try:
-        progress = STAGES[stage].progress(config, Index.load(config.data.train, config.data))
+        to_build = bool(config.data.build) and not STAGES["shards"].progress(config, None).complete
+        progress = STAGES[stage].progress(config, None if to_build else Index.load(config.data.train, config.data))
     except ValueError as error:
         return f"? ({error})", ""
-    times = {"train": _newest_steps, "pseudo": _times_of_masks}.get(stage, lambda _: [])(config)
+    times = _TIMES[stage](config) if stage in _TIMES else []
     if stage == "train" and times:
         progress = Progress(int(times[-1][1]), progress.total, progress.unit)
     return str(progress), "" if progress.complete else _left(times, progress)
@@ -93,9 +95,17 @@ def _newest_steps(config: Config) -> list[tuple[float, float]]:
     return [(found["time"], found["step"]) for found in map(json.loads, lines) if "lr" in found]
 
 
-def _times_of_masks(config: Config) -> list[tuple[float, float]]:
-    """(time, number) of each mask."""
-    return [*zip(sorted(path.stat().st_mtime for path in (Path(config.run) / "pseudo").glob("*.png")), count(1), strict=False)]
+def _times_of_files(files: Iterable[Path]) -> list[tuple[float, float]]:
+    """(time, number) of each, in the order in which they were written."""
+    return [*zip(sorted(path.stat().st_mtime for path in files), count(1), strict=False)]
+
+
+_TIMES: dict[str, Callable[[Config], list[tuple[float, float]]]] = {
+    "shards": lambda config: _times_of_files(writing.partial_folder(Path(config.data.train)).glob("shard-*.json")),
+    "train": _newest_steps,
+    "pseudo": lambda config: _times_of_files((Path(config.run) / "pseudo").glob("*.png")),
+}
+"""When how much of a stage was done."""
 
 
 def _left(times: Sequence[tuple[float, float]], progress: Progress) -> str:

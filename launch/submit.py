@@ -31,7 +31,7 @@ from launch.resources import Resources, add_options
 from weakclip import cli, labels, lock
 from weakclip.config import Config, ConfigError
 from weakclip.data.shard import Index
-from weakclip.stages import STAGES, Stage
+from weakclip.stages import STAGES, Stage, chain
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,11 @@ def make_plans(config: Config, options: argparse.Namespace) -> list[Plan]:
     """Plans of those stages that are asked for and not complete. Raises ConfigError where something is in the way."""
     asked = {name: getattr(options, name) for name in asdict(Resources()) if hasattr(options, name)}
     defaults = Resources.read(options.defaults, asked)
-    index = Index.load(config.data.train, config.data)
-    labels.check_same(labels.class_names(config.classes), index.classes, str(index.storage))
+    stages = [STAGES[options.stage]] if options.stage != "all" else chain(config)
+    built = STAGES["shards"].progress(config, None) if stages[0].name == "shards" else None
+    index, shards = (None, built.total) if built and not built.complete else _index(config)
     plans: list[Plan] = []
-    for stage in STAGES.values() if options.stage == "all" else [STAGES[options.stage]]:
+    for stage in stages:
         progress = stage.progress(config, index)
         if progress.complete and not plans:  # what comes after a stage that runs is to be made anew
             print(f"{stage.name}: complete ({progress}), skipped")
@@ -85,10 +86,17 @@ def make_plans(config: Config, options: argparse.Namespace) -> list[Plan]:
                 f"{stage.name}: {progress} are there of an earlier {before}; remove them, submit {before} alone, or set run"
             )
         resources = defaults.of(stage, asked)
-        parts: list[str | None] = [None] if stage.ranks else slices(len(index.shards), resources, options.array_size)
+        parts: list[str | None] = [None] if stage.ranks else slices(shards, resources, options.array_size)
         folder = journal.next_folder(Path(config.run), stage.name, skip=len(plans))
         plans.append(Plan(stage, resources, parts, folder, f"{options.name or Path(config.run).name}-{stage.name}"))
     return plans
+
+
+def _index(config: Config) -> tuple[Index, int]:
+    """Of data.train, and how many shards it has."""
+    index = Index.load(config.data.train, config.data)
+    labels.check_same(labels.class_names(config.classes), index.classes, str(index.storage))
+    return index, len(index.shards)
 
 
 def slices(shards: int, resources: Resources, asked: int | None) -> list[str | None]:

@@ -12,19 +12,23 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 from weakclip import cli
+from weakclip.config import Config, ConfigError
 from weakclip.data.cams import CAM_KEYS
 from weakclip.data.coco import coco_items
 from weakclip.data.folder import folder_items
-from weakclip.data.shard import Index, build_shards
-from weakclip.data.sources import Item, labelled, load_item, with_cams
+from weakclip.data.sources import Item, labelled, load_item, version, with_cams
 from weakclip.data.voc import voc_items
+from weakclip.data.writing import Build
 from weakclip.labels import COCO, VOC, class_map, class_names
 
 
-def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(
+    arguments: Sequence[str], parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser
+) -> argparse.Namespace:
+    parser = parser_class(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = parser.add_subparsers(dest="source", required=True)
     coco = sources.add_parser("coco", help="COCO 2014 or 2017 in its usual layout")
     coco.add_argument("--images", type=Path, required=True, help="directory of the split's images")
@@ -62,7 +66,8 @@ def list_items(args: argparse.Namespace) -> tuple[list[Item], Sequence[str]]:
     return folder_items(args.images, names, args.labels, args.masks), names
 
 
-def build(args: argparse.Namespace) -> Index:
+def plan(args: argparse.Namespace) -> Build[Item]:
+    """The set that the options describe. Raises ShardError where they don't fit what is there."""
     target = class_names(args.classes)
     found, names = list_items(args)
     to_target = class_map(names, target)
@@ -72,12 +77,36 @@ def build(args: argparse.Namespace) -> Index:
     if args.cams:
         items = with_cams(items, args.cams)
     load = partial(load_item, class_map=to_target, cam_keys=args.cam_keys)
-    return build_shards(items, load, args.out, target, args.samples_per_shard, args.processes)
+    return Build(items, load, args.out.resolve(), target, args.samples_per_shard, about(args), version)
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide the samples, for JSON."""
+    free = ("out", "processes")
+    return {
+        name: str(value.resolve()) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in free
+    }
+
+
+class _Options(argparse.ArgumentParser):
+    """Options that stand in a recipe."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"data.build: {message}; it holds the options of shards/build.py, such as [voc, --devkit, DIR, ...]")
+
+
+def of_recipe(config: Config) -> argparse.Namespace:
+    """The options in `data.build`, for a set at `data.train`. Raises ConfigError where they are none."""
+    options = config.data.build
+    if taken := [option for option in options if option.split("=")[0] in ("--out", "--classes")]:
+        raise ConfigError(f"data.build: leave {taken[0]} out; the set becomes data.train, with the recipe's classes")
+    return parse_args([*options, f"--classes={config.classes}", f"--out={config.data.train}"], _Options)
 
 
 def main(arguments: Sequence[str]) -> None:
     args = parse_args(arguments)
-    index = build(args)
+    index = plan(args).run(args.processes)
+    assert index is not None  # this process wrote all that was missing
     size = sum(shard.bytes for shard in index.shards)
     print(f"{args.out}: {len(index.entries)} samples in {len(index.shards)} shards, {size / 1e6:.1f} MB")
 

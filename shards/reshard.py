@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from weakclip import cli
 from weakclip.data.foreign import ForeignSample, load_foreign, scan, tar_files
-from weakclip.data.shard import INDEX, Entry, Index, PackedSample, ShardError, build_shards, map_in_processes, read_entry
+from weakclip.data.shard import INDEX, Entry, Index, PackedSample, ShardError, read_entry
+from weakclip.data.writing import build_shards
 from weakclip.labels import class_names
+from weakclip.processes import map_in_processes
 
 
 def load_stored(stored: tuple[Index, Entry]) -> PackedSample:

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from weakclip import cli
 from weakclip.config import SeedConfig
-from weakclip.data.shard import Index, ShardError, map_in_processes
+from weakclip.data.shard import Index, ShardError
 from weakclip.data.stream import load, seed_mask
 from weakclip.files import write_whole
 from weakclip.labels import IGNORE
+from weakclip.processes import map_in_processes
 from weakclip.tables import Table
 
 PARTS = ("labels", "CAM", "seed", "mask")

@@ -15,7 +15,8 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from weakclip import cli
-from weakclip.data.shard import Index, ShardError, decode_sample, map_in_processes, read_entry, sha256
+from weakclip.data.shard import Index, ShardError, decode_sample, read_entry, sha256
+from weakclip.processes import map_in_processes
 
 
 def verify_shard(index: Index) -> list[str]:

@@ -178,7 +178,8 @@ def make_shards() -> Callable[..., Any]:
 
     Image n is of random pixels with `n` in its first one; its left half is class 1 in mask, seed and CAM, the rest background.
     """
-    from weakclip.data.shard import Cam, Sample, build_shards
+    from weakclip.data.shard import Cam, Sample
+    from weakclip.data.writing import build_shards
 
     def make(out: Path, count: int = 7, per_shard: int = 3, H: int = 48, W: int = 64, **changes: Any) -> Any:
         def load(number: int) -> Sample:

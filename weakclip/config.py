@@ -31,6 +31,8 @@ def _require(condition: bool, message: str) -> None:
 class DataConfig:
     train: str = "data/voc/trainaug"
     """Shard set to train on: a directory with index.json, or its URL (http, https, s3, gs)."""
+    build: list[str] = field(default_factory=list)
+    """What the stage `shards` makes `train` of: options of shards/build.py, without --out and --classes; empty: it is there."""
     mix: dict[str, float] = field(default_factory=dict)
     """Further shard sets of the same classes to train on: where each lies, and how many of its samples come for one of `train`"""
     val: str | None = None

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
-    """Write `path` under a temporary name, then rename it: neither a reader nor a crash ever sees half of it.
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write, which becomes `path` in the end: neither a reader nor a crash ever sees half of it.
 
-    The name is nobody else's, since several jobs may write the same file. Where the disk is full, nothing is left behind.
+    The name is nobody else's, since several jobs may write the same file. An error leaves nothing behind.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        yield partial
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write `path`, as `whole` does."""
+    with whole(path) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)

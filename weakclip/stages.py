@@ -6,6 +6,7 @@ does what is missing. Importing this module is light: a login node asks it befor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import NamedTuple
 from weakclip import masks, scores
 from weakclip import run as runs
 from weakclip.config import Config, ConfigError
-from weakclip.data.shard import Index
+from weakclip.data import writing
+from weakclip.data.shard import INDEX, Index
 
 
 class Progress(NamedTuple):
@@ -41,8 +43,9 @@ class Stage:
     """It replaces what it made of other weights; else that must be removed first."""
     run: Callable[[Config, str | None], None]
     """Does it, on a config and, in an array, on the shards "A:B". Raises ValueError for what the user can mend."""
-    progress: Callable[[Config, Index], Progress]
-    """Of a config on its training shards. Raises ConfigError where products of another config are in the way."""
+    progress: Callable[[Config, Index | None], Progress]
+    """Of a config on its training shards, None before they are built. Raises ConfigError where products of another config are
+    in the way."""
 
 
 def best_weights(run: Path) -> Path | None:
@@ -51,13 +54,42 @@ def best_weights(run: Path) -> Path | None:
     return next((path for path in files if path.is_file()), None)
 
 
+def _shards(config: Config, part: str | None) -> None:
+    from shards import build
+    from weakclip.data.stream import select_numbers
+
+    options = build.of_recipe(config)
+    if not _shards_progress(config, None).complete:
+        plan = build.plan(options)
+        plan.run(options.processes, select_numbers(plan.shards, part, config.data.train))
+
+
+def _shards_progress(config: Config, _index: Index | None) -> Progress:
+    from shards import build
+
+    if not config.data.build:
+        raise ConfigError("data.build is empty: it says what the shards are made of, such as [voc, --devkit, DIR, ...]")
+    options = build.of_recipe(config)
+    about, whole = build.about(options), Path(config.data.train)
+    folder = whole if (whole / INDEX).is_file() else writing.partial_folder(whole)
+    if not (folder / writing.BUILD).is_file():
+        if folder == whole:
+            raise ConfigError(f"data.train: {whole} was not made by data.build; remove it, or leave data.build out")
+        return Progress(0, build.plan(options).shards, "shards")
+    earlier = json.loads((folder / writing.BUILD).read_text())
+    total = earlier.pop("shards")
+    if earlier != about:
+        raise ConfigError(f"data.train: {folder} is of another data.build (see {writing.BUILD} in it); remove it")
+    return Progress(total if folder == whole else len([*folder.glob("shard-*.json")]), total, "shards")
+
+
 def _train(config: Config, _part: str | None) -> None:
     from weakclip import train
 
     train.run(config, resume=True)
 
 
-def _train_progress(config: Config, _index: Index) -> Progress:
+def _train_progress(config: Config, _index: Index | None) -> Progress:
     runs.check_same(config)
     saved = [runs.checkpoint_step(path) for path in runs.checkpoints(Path(config.run))]
     return Progress(max(saved, default=0), config.train.steps, "steps")
@@ -69,14 +101,15 @@ def _pseudo(config: Config, part: str | None) -> None:
     pseudo.run(config, config.data.train, weights.find(config, "best"), _masks(config), part)
 
 
-def _pseudo_progress(config: Config, index: Index) -> Progress:
+def _pseudo_progress(config: Config, index: Index | None) -> Progress:
     folder, weights = _masks(config), best_weights(Path(config.run))
     earlier = masks.read_about(folder)
     if earlier is not None and (weights is None or earlier != masks.about(config, weights)):
         raise ConfigError(
             f"{folder} holds masks of other weights or options (see {folder}/about.json); remove it or set run anew"
         )
-    return Progress(len(index.entries) - len(masks.missing(folder, index.entries)), len(index.entries), "images")
+    entries = index.entries if index else ()
+    return Progress(len(entries) - len(masks.missing(folder, entries)), len(entries), "images")
 
 
 def _evaluate(config: Config, part: str | None) -> None:
@@ -85,7 +118,9 @@ def _evaluate(config: Config, part: str | None) -> None:
     evaluate.run_part(config, part)
 
 
-def _evaluate_progress(config: Config, index: Index) -> Progress:
+def _evaluate_progress(config: Config, index: Index | None) -> Progress:
+    if index is None:
+        return Progress(0, 0, "shards")
     run, shards = Path(config.run), [shard.name for shard in index.shards if shard.samples]
     counted = sum(scores.counts(run, shard) is not None for shard in shards)
     added_up = counted == len(shards) and scores.are_whole(run)
@@ -99,9 +134,15 @@ def _masks(config: Config) -> Path:
 STAGES = {
     stage.name: stage
     for stage in (
+        Stage("shards", ranks=False, gpus=False, overwrites=False, run=_shards, progress=_shards_progress),
         Stage("train", ranks=True, gpus=True, overwrites=False, run=_train, progress=_train_progress),
         Stage("pseudo", ranks=False, gpus=True, overwrites=False, run=_pseudo, progress=_pseudo_progress),
         Stage("evaluate", ranks=False, gpus=False, overwrites=True, run=_evaluate, progress=_evaluate_progress),
     )
 }
 """In the order of the chain: each needs all before it."""
+
+
+def chain(config: Config) -> list[Stage]:
+    """All stages that a config has: shards that are there already need not be built."""
+    return [stage for stage in STAGES.values() if stage.name != "shards" or config.data.build]

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,10 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from shards import build
 from tests.integration.conftest import ENVIRONMENT, REPO, command
-from weakclip.data.shard import Cam, Sample, build_shards
-from weakclip.demo import pipeline, world
+from weakclip import config as configs
+from weakclip.demo import world
 from weakclip.labels import class_names
 
 pytest_plugins = ["tests.integration.slurm_cluster"]
@@ -27,7 +27,13 @@ STEPS = 40
 RECIPE = """
 run: {folder}/run
 classes: demo
-data: {{train: {folder}/train, scale: [384, 96], workers: 1, shuffle_window: 2}}
+data:
+  train: {folder}/train
+  build: [folder, --images, {folder}/images, --labels, {folder}/labels.csv, --masks, {folder}/masks, --cams, {folder}/cams,
+          --cam-keys, class, --samples-per-shard, 4, --processes, 1]
+  scale: [384, 96]
+  workers: 1
+  shuffle_window: 2
 seeds: {{background: 0.15, foreground: 0.4}}
 augment: {{crop: 96, photometric: false}}
 clip: {{model: null, pretrained: demo, image_size: 96}}
@@ -40,12 +46,19 @@ pseudo: {{scales: [1.0], flip: false, window: 96, stride: 64, crf: null}}
 """
 
 
-def picture(number: int) -> Sample:
-    """Of the demo world, with its exact mask at a quarter of the size for a CAM."""
-    drawn = world.picture(0, number)
-    small = [Image.fromarray(255 * (drawn.mask == each).astype(np.uint8)).resize((48, 48)) for each in drawn.classes]
-    sample = pipeline.shard_sample(f"train_{number:05d}", drawn)
-    return replace(sample, cam=Cam(drawn.classes, np.stack([np.asarray(map_hw) for map_hw in small]), 0.25))
+def draw(folder: Path, count: int) -> None:
+    """Pictures of the demo world with labels, masks, and their masks at a quarter of the size for CAMs."""
+    for name in ("images", "masks", "cams"):
+        (folder / name).mkdir(parents=True)
+    rows = ["file,labels"]
+    for number in range(count):
+        drawn, key = world.picture(0, number), f"train_{number:05d}"
+        Image.fromarray(drawn.image).save(folder / "images" / f"{key}.jpg", quality=95)
+        Image.fromarray(drawn.mask).save(folder / "masks" / f"{key}.png")
+        small = [Image.fromarray(255 * (drawn.mask == each).astype(np.uint8)).resize((48, 48)) for each in drawn.classes]
+        np.savez(folder / "cams" / f"{key}.npz", keys=drawn.classes, cam=np.stack([np.asarray(map_hw) for map_hw in small]))
+        rows.append(f"{key}.jpg,{';'.join(class_names('demo')[each] for each in drawn.classes)}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -65,8 +78,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "world"  # once for all of pytest's processes
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            build_shards(range(24), picture, folder / "train", class_names("demo"), samples_per_shard=4)
+            draw(folder, count=24)
             (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=STEPS))
+            config = configs.load(folder / "recipe.yaml")
+            build.plan(build.of_recipe(config)).run()
     return folder / "recipe.yaml"
 
 

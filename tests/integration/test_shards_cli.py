@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from weakclip.data.shard import Index, ShardError, build_shards, decode_sample, read_entry
+from weakclip.data.shard import Index, decode_sample, read_entry
+from weakclip.data.writing import build_shards
 from weakclip.labels import COCO
 
 REPO = Path(__file__).resolve().parents[2]
@@ -25,7 +26,7 @@ REPO = Path(__file__).resolve().parents[2]
 BLOCKER = """
 import os, sys, time
 from pathlib import Path
-from weakclip.data.shard import build_shards
+from weakclip.data.writing import build_shards
 
 def load(item):
     (Path(sys.argv[1]) / f"pid-{os.getpid()}").touch()
@@ -119,8 +120,25 @@ def test_the_number_of_processes_does_not_change_a_byte(split, shards, tmp_path)
     assert all((shards / name).read_bytes() == (tmp_path / "set" / name).read_bytes() for name in names)
 
 
+def test_a_build_that_failed_goes_on_when_the_picture_is_mended(split, shards, tmp_path):
+    images = shutil.copytree(split["images"], tmp_path / "images")
+    broken = images / f"{max(path.stem for path in split['cams'].iterdir())}.jpg"
+    good = broken.read_bytes()
+    broken.write_bytes(b"no picture")
+    options = ("--masks", "--processes", 1)
+    assert_one_line_error(build({**split, "images": images}, tmp_path / "set", *options), str(broken), "not a JPEG or PNG")
+    first = tmp_path / "set.partial" / "shard-00000.tar"
+    written = first.stat().st_mtime_ns
+    broken.write_bytes(good)
+    result = build({**split, "images": images}, tmp_path / "set", *options)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "set" / first.name).stat().st_mtime_ns == written
+    again = build({**split, "images": images}, tmp_path / "set", *options)
+    assert_one_line_error(again, "holds files already")
+
+
 def test_a_worker_that_dies_is_one_error(tmp_path):
-    with pytest.raises(ShardError, match="a process ended abruptly"):
+    with pytest.raises(ValueError, match="a process ended abruptly"):
         build_shards([1, 1], partial(os._exit), tmp_path / "set", COCO, samples_per_shard=1, processes=2)
     assert list(tmp_path.iterdir()) == []
 

@@ -19,18 +19,21 @@ def trained(reference, tmp_path):
     return shutil.copytree(reference, tmp_path / "run", ignore=shutil.ignore_patterns("pseudo", "scores-*", "jobs", "lock.json"))
 
 
-def test_the_chain_gives_what_the_same_run_gives_without_slurm(cluster, submit, launch_tool, reference, tmp_path):
-    jobs = submit("all")
-    assert list(jobs) == ["train", "pseudo", "evaluate"]
+def test_the_chain_gives_what_the_same_run_gives_without_slurm(cluster, submit, launch_tool, recipe, reference, tmp_path):
+    built = tmp_path / "built"
+    jobs = submit("all", f"data.train={built}")
+    assert list(jobs) == ["shards", "train", "pseudo", "evaluate"]
     cluster.wait_until(lambda: set(cluster.state(jobs["evaluate"]).split(",")) == {"COMPLETED"}, 400, *jobs.values())
     run = tmp_path / "run"
+    made_alone = recipe.parent / "train"
+    assert all((built / path.name).read_bytes() == path.read_bytes() for path in made_alone.glob("*.tar"))
     assert losses(run) == losses(reference)
     assert len(masks(run)) == 24 and masks(run) == masks(reference)
     assert json.loads((run / "scores-masks.json").read_text()) == json.loads((reference / "scores-masks.json").read_text())
     again = launch_tool("submit", "--stage", "all", "--config", run / "config.yaml")
-    assert [line.split(":")[0] for line in again.stdout.splitlines() if "skipped" in line] == ["train", "pseudo", "evaluate"]
+    assert [line.split(":")[0] for line in again.stdout.splitlines() if "skipped" in line] == list(jobs)
     shown = launch_tool("status", run).stdout
-    assert shown.count("COMPLETED") == 3 and "40/40 steps" in shown and "24/24 images" in shown and "6/6 shards" in shown
+    assert shown.count("COMPLETED") == 4 and "40/40 steps" in shown and "24/24 images" in shown and shown.count("6/6 shards") == 2
 
 
 def test_after_scancel_of_one_task_only_its_images_are_made(cluster, submit, trained):

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weakclip.data.foreign import load_foreign, scan, tar_files
-from weakclip.data.shard import Cam, Entry, Sample, ShardError, build_shards, decode_sample, read_entry
+from weakclip.data.shard import Cam, Entry, Sample, ShardError, decode_sample, read_entry
+from weakclip.data.writing import build_shards
 
 NAMES = ("background", "cat", "dog")
 H, W = 12, 16

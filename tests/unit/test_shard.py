@@ -25,12 +25,12 @@ from weakclip.data.shard import (
     Index,
     Sample,
     ShardError,
-    build_shards,
     decode_sample,
     parse_group,
     read_entry,
     sha256,
 )
+from weakclip.data.writing import build_shards
 
 NAMES = ("background", "cat", "dog", "cow")
 K = len(NAMES)

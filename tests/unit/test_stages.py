@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from weakclip import config as configs
 from weakclip import masks, scores
 from weakclip.config import ConfigError
-from weakclip.stages import STAGES
+from weakclip.data.shard import Index
+from weakclip.stages import STAGES, chain
 
 
 @pytest.fixture
@@ -65,3 +68,54 @@ def test_another_runs_directory_is_refused(begun, tiny_config):
 def test_a_login_node_need_not_load_torch():
     line = "import sys, weakclip.stages, launch.submit, launch.status; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", line]).returncode == 0
+
+
+@pytest.fixture
+def to_build(tiny_config, tmp_path):
+    """Makes configs whose shards are to be built, three of five pictures; with further options of shards/build.py."""
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        Image.new("RGB", (64, 48), (number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+    options = f"folder, --images, {tmp_path}/images, --samples-per-shard, 2, --processes, 1"
+    return lambda more="": tiny_config(f"data.train={tmp_path}/built", f"data.build=[{options}{more}]")
+
+
+def test_shards_are_built_in_parts(to_build):
+    config = to_build()
+    assert str(STAGES["shards"].progress(config, None)) == "0/3 shards"
+    STAGES["shards"].run(config, "0:2")
+    assert str(STAGES["shards"].progress(config, None)) == "2/3 shards" and not Path(config.data.train).exists()
+    STAGES["shards"].run(config, "2:3")
+    assert STAGES["shards"].progress(config, None).complete
+    assert [entry.key for entry in Index.load(config.data.train).entries] == ["0", "1", "2", "3", "4"]
+    STAGES["shards"].run(config, "0:2")  # of a job that came late
+    with pytest.raises(ConfigError, match="built is of another data.build"):
+        STAGES["shards"].progress(to_build(", --samples-per-shard, 3"), None)
+
+
+def test_shards_of_another_origin_are_left_alone(to_build, make_shards):
+    config = to_build()
+    make_shards(Path(config.data.train))
+    with pytest.raises(ConfigError, match="built was not made by data.build; remove it, or leave data.build out"):
+        STAGES["shards"].progress(config, None)
+
+
+@pytest.mark.parametrize(
+    "build, said",
+    [
+        ("[]", "data.build is empty"),
+        ("[folder]", "data.build: the following arguments are required: --images"),
+        ("[folder, --images, x, --pace, 3]", "data.build: unrecognized arguments: --pace 3"),
+        ("[moon]", "data.build: argument source: invalid choice: 'moon'"),
+        ("[folder, --images, x, --out=y]", "data.build: leave --out=y out"),
+    ],
+)
+def test_options_that_build_no_shards_are_one_clear_line(tiny_config, build, said):
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}") as error:
+        STAGES["shards"].progress(tiny_config(f"data.build={build}"), None)
+    assert "\n" not in str(error.value)
+
+
+def test_a_chain_begins_with_shards_where_they_are_to_be_built(to_build, tiny_config):
+    assert [stage.name for stage in chain(to_build())][:2] == ["shards", "train"]
+    assert chain(tiny_config())[0].name == "train"

@@ -313,7 +313,7 @@ def test_a_job_runs_the_recipe_and_the_program_as_they_were_submitted(command, c
     assert settings.parent == run / "jobs/1-train" and settings.read_bytes() == Path(config().train.deepspeed).read_bytes()
     assert again == config(f"train.deepspeed={settings}")
     (code,) = (run / "jobs").glob("code-*")
-    assert {path.name for path in code.iterdir()} == {"launch", "weakclip"} and not list(code.rglob("*.pyc"))
+    assert {path.name for path in code.iterdir()} == {"launch", "shards", "weakclip"} and not list(code.rglob("*.pyc"))
     assert f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}\n" in submitted(tmp_path)[0].read_text()
 
 

@@ -9,26 +9,19 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
-import os
 import re
-import shutil
 import tarfile
-import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from weakclip.config import ConfigError, DataConfig
 from weakclip.data.cache import File
@@ -46,7 +39,6 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}\.tar")
 _REPAIR = "run shards/verify.py on the set, then copy or build it again"
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 class ShardError(ValueError):
@@ -84,6 +76,11 @@ class Shard(File):
 
     samples: tuple[Entry, ...]
 
+    def as_dict(self) -> dict[str, Any]:
+        """As it stands in index.json."""
+        rows = [[entry.key, entry.offset, entry.length] for entry in self.samples]
+        return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256, "samples": rows}
+
 
 @dataclass(frozen=True)
 class Index:
@@ -117,7 +114,7 @@ class Index:
         classes = _field(raw, "classes", list, file)
         if not all(isinstance(c, str) for c in classes) or not 2 <= len(set(classes)) == len(classes) <= IGNORE:
             raise ShardError(f"{file}: 'classes' must be 2 to {IGNORE} different names")
-        shards = tuple(_parse_shard(item, file) for item in _field(raw, "shards", list, file))
+        shards = tuple(parse_shard(item, file) for item in _field(raw, "shards", list, file))
         index = cls(storage, tuple(classes), shards)
         index._check()
         if isinstance(storage, RemoteStorage):
@@ -138,11 +135,8 @@ class Index:
 
     def save(self) -> None:
         """Write index.json into `root`."""
-        shards = []
-        for shard in self.shards:
-            rows = [[entry.key, entry.offset, entry.length] for entry in shard.samples]
-            shards.append({"name": shard.name, "bytes": shard.bytes, "sha256": shard.sha256, "samples": rows})
-        text = json.dumps({"format": FORMAT, "classes": self.classes, "shards": shards}, separators=(",", ":"))
+        raw = {"format": FORMAT, "classes": self.classes, "shards": [shard.as_dict() for shard in self.shards]}
+        text = json.dumps(raw, separators=(",", ":"))
         write_whole(self.root / INDEX, text + "\n")
 
     @property
@@ -174,7 +168,8 @@ def _check_cache(shards: Sequence[Shard], options: DataConfig) -> None:
         raise ConfigError(f"data.cache_gib={options.cache_gib:g}: {what}; raise it, or lower data.shuffle_window")
 
 
-def _parse_shard(raw: Any, file: str) -> Shard:
+def parse_shard(raw: Any, file: str) -> Shard:
+    """A shard as it stands in index.json, or in the index of a set in the making, `file`. Raises ShardError."""
     name = _field(raw, "name", str, file)
     where = f"{file}: shard {name!r}"
     size, sha256 = _field(raw, "bytes", int, where), _field(raw, "sha256", str, where)
@@ -363,6 +358,13 @@ def _naming(entry: Entry) -> Iterator[None]:
         raise ShardError(f"{entry.shard}: {entry.key}: {error}; {_REPAIR}") from None
 
 
+def check_parts(parts: dict[str, bytes], key: str, num_classes: int) -> None:
+    """Raise ShardError when these are not the parts of a sample, as `decode_sample` does, or its key cannot be a tar member's."""
+    if not _KEY.fullmatch(key):
+        raise ShardError("a key is 1 to 80 printable ASCII characters other than . / \\; rename the image")
+    _decode(parts, key, num_classes)
+
+
 def _decode(parts: dict[str, bytes], key: str, num_classes: int) -> DecodedSample:
     size_HW, classes = _decode_about(parts, key, num_classes)
     image_HW3, cam = _decode_picture(parts, size_HW), _decode_cam(parts, size_HW, classes)
@@ -503,108 +505,3 @@ def sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
-
-
-def build_shards(
-    items: Sequence[T],
-    load: Callable[[T], Sample | PackedSample],
-    out: str | Path,
-    classes: Sequence[str],
-    samples_per_shard: int = 256,
-    processes: int = 1,
-) -> Index:
-    """Write `load(item)` of every item into a new shard set at `out`; each process writes whole shards.
-
-    The bytes depend on the samples and `samples_per_shard`, not on `processes`. With more than one process `items` and
-    `load` must pickle. It is built in the directory OUT.partial, which is renamed at the end: `out` is whole or absent.
-
-    Raises ShardError naming the key when a sample fails a check, and when `out` or OUT.partial is in use already;
-    whatever `load` raises passes through.
-    """
-    if samples_per_shard < 1 or processes < 1:
-        raise ValueError("samples_per_shard and processes must be at least 1")
-    if not items:
-        raise ShardError(f"{out}: there are no images to write")
-    out = Path(out).resolve()
-    work = _claim(out)
-    try:
-        starts = range(0, len(items), samples_per_shard)
-        paths = [work / f"shard-{number:05d}.tar" for number in range(len(starts))]
-        chunks = [items[start : start + samples_per_shard] for start in starts]
-        shards = []
-        with tqdm(total=len(items), unit=" images", desc=out.name) as bar:
-            for shard in map_in_processes(partial(_write_shard, load, len(classes)), processes, paths, chunks):
-                shards.append(shard)
-                bar.update(len(shard.samples))
-        Index(Storage.of(work), tuple(classes), tuple(shards)).save()
-        index = Index.load(work)
-        work.rename(out)
-    except BaseException:
-        shutil.rmtree(work)
-        raise
-    return replace(index, storage=Storage.of(out))
-
-
-def _claim(out: Path) -> Path:
-    """Make and return the directory OUT.partial. Nothing that was there before is touched."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ShardError(f"{out}: holds files already; remove it, or build into another directory")
-    work = out.with_name(out.name + ".partial")
-    try:
-        work.mkdir(parents=True)
-    except FileExistsError:
-        message = "a build is running, or one was killed; if none is running remove this directory, then build again"
-        raise ShardError(f"{work}: {message}") from None
-    return work
-
-
-def map_in_processes(function: Callable[..., R], processes: int, *arguments: Sequence[Any]) -> Iterator[R]:
-    """`map(function, *arguments)` over up to `processes` processes, results in order; one means this process.
-
-    Raises ShardError when a process dies; what `function` raises passes through.
-    """
-    processes = min(processes, len(arguments[0]))
-    if processes <= 1:
-        yield from map(function, *arguments)
-        return
-    # Spawned, not forked: a fork would copy the locks of whatever threads (torch's, say) the caller has.
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(processes, context, _die_with_parent) as pool:
-            yield from pool.map(function, *arguments)
-    except BrokenProcessPool:
-        raise ShardError("a process ended abruptly, perhaps for want of memory; use fewer processes") from None
-
-
-def _die_with_parent() -> None:
-    """Without this a killed build's processes would stay, and write into the directory of the next build."""
-
-    def watch() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _write_shard(load: Callable[[T], Sample | PackedSample], num_classes: int, path: Path, items: Sequence[T]) -> Shard:
-    from webdataset.writer import TarWriter  # imports torch, which those who only read shards need not load
-
-    entries = []
-    with open(path, "xb") as file, TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:
-        for item in items:
-            sample = load(item)
-            parts = sample.encode()
-            try:
-                if not _KEY.fullmatch(sample.key):
-                    raise ShardError("a key is 1 to 80 printable ASCII characters other than . / \\; rename the image")
-                _decode(parts, sample.key, num_classes)
-            except ShardError as error:
-                raise ShardError(f"{sample.source}: {sample.key}: {error}") from None
-            start = tar.tarstream.offset
-            tar.write({"__key__": sample.key, **parts})
-            entries.append(Entry(path.name, sample.key, start, tar.tarstream.offset - start))
-    return Shard(path.name, path.stat().st_size, sha256(path), tuple(entries))

@@ -99,6 +99,12 @@ def _with_cam(item: Item, directory: Path, names: set[str]) -> Item:
     return replace(item, cam=maps[0] if maps else None, seed=seed)
 
 
+def version(item: Item) -> str:
+    """Tells an item from what it was before one of its files changed. Raises OSError naming a file that is missing."""
+    files = [path.stat() for path in (item.image, item.cam, item.seed, item.mask) if isinstance(path, Path)]
+    return repr((item, [(file.st_size, file.st_mtime_ns) for file in files]))
+
+
 # ------------------------------------------------------------------------------------------------------------- reading
 
 

@@ -236,14 +236,18 @@ def select_shards(index: Index, subset: str | None) -> list[Entry]:
 
     Raises ValueError when it is none of these or picks nothing.
     """
-    if subset is None:
-        return list(index.entries)
-    shards = index.shards
+    numbers = select_numbers(len(index.shards), subset, str(index.storage))
+    return [entry for number in numbers for entry in index.shards[number].samples]
+
+
+def select_numbers(shards: int, subset: str | None, what: str) -> range:
+    """Which of so many shards `subset` picks, as `select_shards` does. what: the name of their set, for the error."""
+    every = range(shards)
     try:
-        first, *rest = (int(part) if part else None for part in subset.split(":"))
-        chosen = shards[slice(first, *rest)] if rest else (shards[int(subset)],)
+        first, *rest = (int(part) if part else None for part in (":" if subset is None else subset).split(":"))
+        chosen = every[slice(first, *rest)] if rest else range(every[first], every[first] + 1)  # type: ignore[index]
     except (ValueError, IndexError, TypeError):
-        chosen = ()
+        chosen = range(0)
     if not chosen:
-        raise ValueError(f"--shards {subset}: {index.storage} has shards 0..{len(shards) - 1}; write 3 for one, 0:8 for a range")
-    return [entry for shard in chosen for entry in shard.samples]
+        raise ValueError(f"--shards {subset}: {what} has shards 0..{shards - 1}; write 3 for one, 0:8 for a range")
+    return chosen

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from weakclip import crf, labels, masks, pictures, pseudo, weights
 from weakclip import run as runs
 from weakclip.config import Config, CrfConfig
-from weakclip.data.shard import DecodedSample, Index, Sample, build_shards
+from weakclip.data.shard import DecodedSample, Index, Sample
 from weakclip.data.stream import StoredSamples, cam_maps, open_index, seed_mask
+from weakclip.data.writing import build_shards
 from weakclip.demo import cam, world
 from weakclip.engine import World
 from weakclip.evaluate import best_cam_threshold, score, truth

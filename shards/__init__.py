@@ -1,0 +1,1 @@
+"""Command lines that make, check, show, count and rewrite shard sets."""
