@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import struct
 import tarfile
 import zipfile
 from collections import Counter
@@ -482,20 +483,38 @@ def parse_group(data: bytes, entry: Entry) -> dict[str, bytes]:
     parts: dict[str, bytes] = {}
     end = 0
     while end < len(data):
+        start = end + tarfile.BLOCKSIZE
         try:
-            # Header by header, since opening an archive takes longer than all of these; one of another kind isn't ours.
-            member = tarfile.TarInfo.frombuf(data[end : end + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+            name, size = _tar_member(data[end:start])
         except tarfile.TarError as error:
             raise ShardError(f"{where}: not tar members ({error}); {_REPAIR}") from None
-        key, _, extension = member.name.partition(".")
-        if key != entry.key or extension in parts or not member.isreg() or member.size < 0:
-            raise ShardError(f"{where}: unexpected member {member.name!r:.100}; {_REPAIR}")
-        start = end + tarfile.BLOCKSIZE
-        parts[extension] = data[start : start + member.size]
-        end = start + math.ceil(member.size / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        key, _, extension = name.partition(".")
+        if key != entry.key or extension in parts or size < 0:
+            raise ShardError(f"{where}: unexpected member {name!r:.100}; {_REPAIR}")
+        parts[extension] = data[start : start + size]
+        end = start + math.ceil(size / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     if end != len(data):
         raise ShardError(f"{where}: tar members end at byte {end} of {len(data)}; {_REPAIR}")
     return parts
+
+
+_PLAIN_HEADER = struct.Struct("100s 24x 12s 12x 8s c 188x 155s 12x")  # name, size, checksum, kind, prefix of the name
+
+
+def _tar_member(header: bytes) -> tuple[str, int]:
+    """Name and size of the member that a tar header begins; -1 for what is no file. Raises TarError where it is none.
+
+    tarfile reads a header in sixty microseconds, and a sample has three: those that shards are made of are read here.
+    """
+    try:
+        name, size, checksum, kind, prefix = _PLAIN_HEADER.unpack(header)
+        plain = kind == tarfile.REGTYPE and not any(prefix)
+        if plain and int(checksum.partition(b"\0")[0], 8) == sum(header) - sum(checksum) + 8 * ord(" "):
+            return name.partition(b"\0")[0].decode("ascii"), int(size.partition(b"\0")[0], 8)
+    except (struct.error, ValueError):
+        pass
+    member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    return member.name, member.size if member.isreg() else -1
 
 
 def sha256(file: Path) -> str:

@@ -150,21 +150,22 @@ def draw_crop(
     """A crop, drawn again up to ten times while one class covers too much of what is seeded in it, and its seed."""
     size = scaled_size(seed_HW.shape[0], seed_HW.shape[1], scale, rng.uniform(config.ratio[0], config.ratio[1]))
     likely = (0, *classes) if seed_HW.max() < IGNORE else (IGNORE, 0, *classes)
-    shown_rows, shown_columns = (_nearest(old, new) for old, new in zip(seed_HW.shape, size, strict=True))
+    # Of the resized seed only what is looked at is made: all columns at once, rows as they are needed, which are quickly copied.
+    wide_HW = _resize_nearest(seed_HW, (seed_HW.shape[0], size[1]))
+    shown_rows = _resize_nearest(np.arange(seed_HW.shape[0], dtype=np.float32)[:, None], (size[0], 1))[:, 0].astype(np.intp)
     for _ in range(10):
         top, left = (int(rng.integers(max(side - config.crop, 0) + 1)) for side in size)
         crop = Crop(size, top, left, config.crop, flip=False)
-        rows, columns = shown_rows[crop.window[0]], shown_columns[crop.window[1]]
-        shown_WH = cv2.transpose(seed_HW[rows])[columns]  # rows are copied whole, much faster than columns are picked
-        if not _one_class_covers(config.max_class_share, shown_WH, likely):
+        rows, columns = crop.window
+        shown_HW = wide_HW[:, columns][shown_rows[rows]]
+        if not _one_class_covers(config.max_class_share, shown_HW, likely):
             break
     crop = replace(crop, flip=bool(rng.random() < config.flip))
-    return crop, crop.finish(cv2.transpose(shown_WH), IGNORE)
+    return crop, crop.finish(shown_HW, IGNORE)
 
 
-def _nearest(old: int, new: int) -> np.ndarray:
-    """Which of a line's `old` pixels each of `new` ones shows, as OpenCV resizes to the nearest neighbour."""
-    return cv2.resize(np.arange(old, dtype=np.float32)[None], (new, 1), interpolation=cv2.INTER_NEAREST)[0].astype(np.intp)
+def _resize_nearest(seed_HW: np.ndarray, size: Size) -> np.ndarray:
+    return cv2.resize(seed_HW, size[::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def _one_class_covers(share: float, seed_HW: np.ndarray, likely: Sequence[int]) -> bool:
