@@ -17,7 +17,7 @@ demo: $(READY)
 	$(VENV)/bin/python -m weakclip.demo --config configs/demo.yaml $(ARGS)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n auto --dist loadscope $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadscope --no-loadscope-reorder $(ARGS)  # the slow ones, in tests/integration, come first
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

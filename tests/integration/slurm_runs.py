@@ -23,7 +23,7 @@ from weakclip.labels import class_names
 
 pytest_plugins = ["tests.integration.slurm_cluster"]
 
-STEPS = 40
+STEPS = 24
 RECIPE = """
 run: {folder}/run
 classes: demo
@@ -73,7 +73,7 @@ def masks(run: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of the demo world: 24 pictures in 6 shards; 40 steps on 4 ranks take half a minute."""
+    """A recipe of the demo world: 24 pictures in 6 shards; its steps on 4 ranks take a quarter of a minute."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "world"  # once for all of pytest's processes
     with FileLock(f"{folder}.lock"):

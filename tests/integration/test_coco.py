@@ -31,7 +31,7 @@ def shards(coco_mini, tmp_path_factory):
     source = {"images": coco_mini / "train2014", "annotations": coco_mini / "annotations" / "instances_train2014.json"}
     write(**source, out=folder / "simulated_cams")
     options = [part for name, path in source.items() for part in (f"--{name}", path)]
-    script("shards/build.py", "coco", *options, "--cams", folder / "simulated_cams", "--masks", "--samples-per-shard", 20,
+    script("shards/build.py", "coco", *options, "--cams", folder / "simulated_cams", "--masks", "--samples-per-shard", 8,
            "--processes", 2, "--out", folder / "shards")  # fmt: skip
     assert "0 problems" in script("shards/verify.py", folder / "shards")
     return Index.load(folder / "shards")

@@ -26,14 +26,10 @@ def test_the_demo_scores_cams_and_weakclip_on_seen_and_unseen_images(launch, tmp
     again = demo(launch, run)  # finished work is kept
     assert json.loads((run / "scores.json").read_text()) == scores
     assert "drawing" not in again.stderr
+    with pytest.raises(AssertionError, match="made with another demo"):
+        demo(launch, run, "demo.seed=1")
 
 
 def test_exact_seeds_give_the_ceiling(launch, tmp_path):
     demo(launch, tmp_path / "run", "demo.seeds=exact")
     assert "ceiling" in json.loads((tmp_path / "run" / "scores.json").read_text())
-
-
-def test_another_world_does_not_mix_with_the_first(launch, tmp_path):
-    demo(launch, tmp_path / "run")
-    with pytest.raises(AssertionError, match="made with another demo"):
-        demo(launch, tmp_path / "run", "demo.seed=1")

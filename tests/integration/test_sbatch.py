@@ -16,7 +16,7 @@ pytest_plugins = ["tests.integration.slurm_cluster"]
 pytestmark = pytest.mark.slurm
 
 TWO_RANKS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
-STEPS = 60
+STEPS = 30
 
 
 @pytest.fixture(scope="module")

@@ -66,14 +66,14 @@ def test_an_accumulated_step_is_the_mean_of_its_micro_batches(train, tmp_path):
     assert metrics(tmp_path / "one")[1] == pytest.approx(sum(metrics(tmp_path / "two").values()) / 2, rel=1e-5)
 
 
-SIXTY_STEPS = ("train.steps=60", "data.workers=1", "train.checkpoint_every=3", "train.deepspeed=configs/deepspeed/zero2.json")
+THIRTY_STEPS = ("train.steps=30", "data.workers=1", "train.checkpoint_every=3", "train.deepspeed=configs/deepspeed/zero2.json")
 
 
 @pytest.fixture(scope="module")
 def whole(train, tmp_path_factory):
     """A run on two ranks that nothing disturbs."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    train(2, run, *SIXTY_STEPS)
+    train(2, run, *THIRTY_STEPS)
     return run
 
 
@@ -81,7 +81,7 @@ def whole(train, tmp_path_factory):
 def started(tiny_recipe, shards, tmp_path):
     """The same run, just started: its directory and its process."""
     run = tmp_path / "run"
-    arguments = ("--config", tiny_recipe, f"run={run}", f"data.train={shards.root}", *EVERY_STEP, *SIXTY_STEPS)
+    arguments = ("--config", tiny_recipe, f"run={run}", f"data.train={shards.root}", *EVERY_STEP, *THIRTY_STEPS)
     line = command(2, "weakclip.train", *arguments)
     process = subprocess.Popen(line, env=ENVIRONMENT, cwd=REPO, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (run / "checkpoints" / "step-3.safetensors").exists():
@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_exactly(train, whole, started):
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # as if it had been killed while it wrote
-    train(2, run, *SIXTY_STEPS, "--resume", "auto")
+    train(2, run, *THIRTY_STEPS, "--resume", "auto")
     assert same_as(whole, run)
 
 
@@ -114,8 +114,8 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_exactly(
         member.send_signal(signal.SIGUSR2)
     said = process.communicate(timeout=300)[1]
     step = int(re.search(r"SIGUSR2: saved at step (\d+); go on by --resume auto", said)[1])
-    assert process.returncode and 3 <= step < 60 and max(metrics(run)) == step
-    train(2, run, *SIXTY_STEPS, "--resume", "auto")
+    assert process.returncode and 3 <= step < 30 and max(metrics(run)) == step
+    train(2, run, *THIRTY_STEPS, "--resume", "auto")
     assert same_as(whole, run)
 
 
