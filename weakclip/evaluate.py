@@ -1,13 +1,16 @@
 """Score masks, seeds or CAMs against the ground truth in a shard set.
 
-python -m weakclip.evaluate --config configs/voc.yaml [--what masks|seeds|cam] [--data DIR] [--shards 0:8] [key=value ...]
+python -m weakclip.evaluate --config configs/voc.yaml [--what masks|seeds|cam] [--data DIR] [--shards 0:8] [--boundary]
+    [key=value ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -15,27 +18,59 @@ import numpy as np
 from tqdm import tqdm
 
 from weakclip import cli, labels, masks, scores
+from weakclip.boundary import boundary_counts
 from weakclip.config import Config
 from weakclip.data.shard import DecodedSample
 from weakclip.data.stream import StoredSamples, cam_maps, open_index, seed_mask, select_shards
-from weakclip.metrics import Scores, confusion
+from weakclip.metrics import Counts, Scores, confusion, percent
 from weakclip.seeds import cam_to_seed
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 
-def score(samples: Iterable[DecodedSample], predict: Callable[[DecodedSample], np.ndarray], names: Sequence[str]) -> Scores:
-    """IoU of `predict(sample)` against each sample's mask. Pixels that a seed ignores (255) count as background."""
-    return Scores.of(count(tqdm(samples, "scoring", unit=" images", disable=None), predict, len(names)), names)
+@dataclass(frozen=True)
+class CamScores(Scores):
+    """Of CAMs at the background threshold with the highest mIoU."""
+
+    threshold: float
+    curve: Mapping[float, float]
+    """The mIoU, a fraction, at each of THRESHOLDS."""
+
+    def as_dict(self) -> dict[str, object]:
+        curve = {f"{threshold:.2f}": percent(miou) for threshold, miou in self.curve.items()}
+        return {**super().as_dict(), "threshold": self.threshold, "thresholds": curve}
+
+    def curve_text(self) -> str:
+        """A few lines; the best threshold is marked."""
+        points = (f"{at:.2f}:{100 * miou:.2f}{'*' if at == self.threshold else ''}" for at, miou in self.curve.items())
+        return textwrap.fill("  ".join(points), width=100)
 
 
-def count(samples: Iterable[DecodedSample], predict: Callable[[DecodedSample], np.ndarray], num_classes: int) -> np.ndarray:
-    """The confusion matrix, int64 K x K, of what `score` scores. Those of several parts add up to that of the whole."""
-    matrix_KK = np.zeros((num_classes, num_classes), np.int64)
+def score(
+    samples: Iterable[DecodedSample], predict: Callable[[DecodedSample], np.ndarray], names: Sequence[str], boundary: bool = False
+) -> Scores:
+    """Of `predict(sample)` against each sample's mask, boundary IoU too if asked for: that takes as long again.
+
+    Pixels that a seed ignores (255) count as background.
+    """
+    return count(tqdm(samples, "scoring", unit=" images", disable=None), predict, len(names), boundary).scores(names)
+
+
+def count(
+    samples: Iterable[DecodedSample], predict: Callable[[DecodedSample], np.ndarray], num_classes: int, boundary: bool
+) -> Counts:
+    """What `score` makes its scores of. The counts of several parts add up to those of the whole."""
+    total = Counts.zero(num_classes, boundary)
     for sample in samples:
         prediction_HW = predict(sample)
-        matrix_KK += confusion(truth(sample), np.where(prediction_HW == labels.IGNORE, 0, prediction_HW), num_classes)
-    return matrix_KK
+        total += _count(sample, np.where(prediction_HW == labels.IGNORE, 0, prediction_HW), num_classes, boundary)
+    return total
+
+
+def _count(sample: DecodedSample, prediction_HW: np.ndarray, num_classes: int, boundary: bool) -> Counts:
+    truth_HW = truth(sample)
+    matrix_KK = confusion(truth_HW, prediction_HW, num_classes)
+    return Counts(matrix_KK, boundary_counts(truth_HW, prediction_HW, num_classes) if boundary else None)
 
 
 def truth(sample: DecodedSample) -> np.ndarray:
@@ -44,37 +79,35 @@ def truth(sample: DecodedSample) -> np.ndarray:
     return sample.mask
 
 
-def best_cam_threshold(samples: Iterable[DecodedSample], names: Sequence[str]) -> tuple[float, Scores]:
-    """The single background threshold at which the CAMs score best, and that score."""
-    K = len(names)
-    matrices = np.zeros((len(THRESHOLDS), K, K), np.int64)
+def best_cam_threshold(samples: Iterable[DecodedSample], names: Sequence[str], boundary: bool = False) -> CamScores:
+    """The CAMs' scores at the single background threshold at which they are best."""
+    counts = [Counts.zero(len(names), boundary)] * len(THRESHOLDS)
     for sample in tqdm(samples, "CAM thresholds", unit=" images", disable=None):
         maps_nHW = cam_maps(sample)
-        for matrix_KK, threshold in zip(matrices, THRESHOLDS, strict=True):
+        for number, threshold in enumerate(THRESHOLDS):
             prediction_HW = cam_to_seed(maps_nHW, sample.cam.classes if sample.cam else (), threshold)
-            matrix_KK += confusion(truth(sample), prediction_HW, K)
-    return max(
-        ((threshold, Scores.of(matrix_KK, names)) for threshold, matrix_KK in zip(THRESHOLDS, matrices, strict=True)),
-        key=lambda pair: pair[1].miou,
-    )
+            counts[number] += _count(sample, prediction_HW, len(names), boundary)
+    found = {threshold: part.scores(names) for threshold, part in zip(THRESHOLDS, counts, strict=True)}
+    best = max(found, key=lambda threshold: found[threshold].miou)
+    return CamScores(**vars(found[best]), threshold=best, curve={at: part.miou for at, part in found.items()})
 
 
-def run(config: Config, what: str, data: str, shards: str | None, folder: Path) -> Scores:
-    """The stage: scores of "masks" (those in `folder`), "seeds" or "cam" on `shards` of the shard set `data`."""
+def run(config: Config, what: str, data: str, shards: str | None, folder: Path, boundary: bool = False) -> Scores:
+    """Scores of "masks" (those in `folder`), "seeds" or "cam" on `shards` of the shard set `data`."""
     names = labels.class_names(config.classes)
     index = open_index(data, names, config.data)
     samples = StoredSamples(index, select_shards(index, shards), config.data.workers)
     if what == "cam":
-        threshold, found = best_cam_threshold(samples, names)
-        print(f"best threshold {threshold}")
+        found = best_cam_threshold(samples, names, boundary)
+        print(f"best threshold {found.threshold}; threshold:mIoU (%):\n{found.curve_text()}")
         return found
     if what == "seeds":
-        return score(samples, lambda sample: seed_mask(sample, config.seeds), names)
-    return score(samples, lambda sample: masks.read(folder, sample.key), names)
+        return score(samples, lambda sample: seed_mask(sample, config.seeds), names, boundary)
+    return score(samples, lambda sample: masks.read(folder, sample.key), names, boundary)
 
 
 def run_part(config: Config, part: str | None) -> None:
-    """Score the run's masks on the training shards "A:B", shard by shard; what is counted already is left alone.
+    """The stage: score the run's masks on the training shards "A:B", shard by shard; what is counted already is left alone.
 
     Who finds that all shards are counted adds them up.
     """
@@ -84,8 +117,8 @@ def run_part(config: Config, part: str | None) -> None:
     for shard, entries in tqdm([(shard, list(entries)) for shard, entries in shards], "scoring", unit=" shards", disable=None):
         if scores.counts(run, shard) is None:
             samples = StoredSamples(index, entries, config.data.workers)
-            matrix_KK = count(samples, lambda sample: masks.read(run / "pseudo", sample.key), len(index.classes))
-            scores.write_counts(run, shard, matrix_KK)
+            found = count(samples, lambda sample: masks.read(run / "pseudo", sample.key), len(index.classes), boundary=True)
+            scores.write_counts(run, shard, found)
     if (whole := scores.add_up(run, index)) is not None:
         print(whole.table())
 
@@ -97,9 +130,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--data", metavar="DIR", help="shard set with ground-truth masks (default: data.train)")
     parser.add_argument("--shards", metavar="N|A:B", help="only these shards of it")
     parser.add_argument("--out", metavar="FILE", help="JSON to write (default: RUN/scores-WHAT.json)")
+    parser.add_argument("--boundary", action="store_true", help="boundary IoU, too")
     config, options = cli.parse_config(parser, arguments)
     folder = Path(options.masks or Path(config.run) / "pseudo")
-    found = run(config, options.what, options.data or config.data.train, options.shards, folder)
+    found = run(config, options.what, options.data or config.data.train, options.shards, folder, options.boundary)
     out = Path(options.out or Path(config.run) / f"scores-{options.what}.json")
     scores.write(found, masks.read_about(folder) if options.what == "masks" else None, out)
     print(found.table())

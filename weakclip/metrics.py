@@ -1,4 +1,4 @@
-"""Confusion matrix -> IoU."""
+"""Confusion matrix -> IoU, precision and recall."""
 
 from __future__ import annotations
 
@@ -26,27 +26,90 @@ def confusion(truth_HW: np.ndarray, prediction_HW: np.ndarray, num_classes: int)
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Integers that scores are made of. Those of parts, in any order and grouping, add up to those of the whole."""
+
+    matrix_KK: np.ndarray
+    """int64: row = true class, column = predicted class."""
+    boundary_K2: np.ndarray | None
+    """int64: intersection and union of boundaries in pixels; None where they were not counted for all parts."""
+
+    @classmethod
+    def zero(cls, num_classes: int, boundary: bool) -> Counts:
+        """Of no image."""
+        return cls(np.zeros((num_classes, num_classes), np.int64), np.zeros((num_classes, 2), np.int64) if boundary else None)
+
+    def __add__(self, other: Counts) -> Counts:
+        ours, theirs = self.boundary_K2, other.boundary_K2
+        return Counts(self.matrix_KK + other.matrix_KK, None if ours is None or theirs is None else ours + theirs)
+
+    def scores(self, names: Sequence[str]) -> Scores:
+        return Scores.of(self.matrix_KK, names, self.boundary_K2)
+
+
+@dataclass(frozen=True)
 class Scores:
-    """IoU per class (NaN where a class is neither in the truth nor predicted) and their mean over the others, as fractions."""
+    """Per class, as fractions; NaN where the denominator is 0. Means are over the other classes.
+
+    docs/results.md says what they mean.
+    """
 
     names: tuple[str, ...]
     iou: tuple[float, ...]
-    miou: float
+    precision: tuple[float, ...]
+    recall: tuple[float, ...]
+    boundary_iou: tuple[float, ...] | None
+    """None where it was not counted."""
 
     @classmethod
-    def of(cls, matrix_KK: np.ndarray, names: Sequence[str]) -> Scores:
-        hit_K = np.diag(matrix_KK).astype(float)
-        union_K = matrix_KK.sum(0) + matrix_KK.sum(1) - hit_K
-        iou_K = np.divide(hit_K, union_K, out=np.full(len(names), np.nan), where=union_K > 0)
-        miou = float(np.nanmean(iou_K)) if (union_K > 0).any() else float("nan")
-        return cls(tuple(names), tuple(iou_K.tolist()), miou)
+    def of(cls, matrix_KK: np.ndarray, names: Sequence[str], boundary_K2: np.ndarray | None = None) -> Scores:
+        """Of counts as `Counts` holds them."""
+        hit_K, true_K, predicted_K = np.diag(matrix_KK), matrix_KK.sum(1), matrix_KK.sum(0)
+        return cls(
+            tuple(names),
+            _ratios(hit_K, true_K + predicted_K - hit_K),
+            _ratios(hit_K, predicted_K),
+            _ratios(hit_K, true_K),
+            None if boundary_K2 is None else _ratios(boundary_K2[:, 0], boundary_K2[:, 1]),
+        )
+
+    @property
+    def miou(self) -> float:
+        return _mean(self.iou)
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON: percentages, null for classes that do not occur."""
-        percent = [None if np.isnan(value) else round(100 * value, 2) for value in (self.miou, *self.iou)]
-        return {"miou": percent[0], "iou": dict(zip(self.names, percent[1:], strict=True))}
+        """For JSON: percentages, null where there is no value."""
+        means = {"miou": self.miou, "mean_precision": _mean(self.precision), "mean_recall": _mean(self.recall)}
+        columns = {"iou": self.iou, "precision": self.precision, "recall": self.recall}
+        if self.boundary_iou is not None:
+            means["mean_boundary_iou"], columns["boundary_iou"] = _mean(self.boundary_iou), self.boundary_iou
+        by_class = {key: dict(zip(self.names, map(percent, values), strict=True)) for key, values in columns.items()}
+        return {**{key: percent(value) for key, value in means.items()}, **by_class}
 
     def table(self) -> str:
-        width = max(map(len, self.names))
-        rows = [f"{name:<{width}}  {100 * value:6.2f}" for name, value in zip(self.names, self.iou, strict=True)]
-        return "\n".join([*rows, f"{'mIoU':<{width}}  {100 * self.miou:6.2f}"]).replace("   nan", "     -")
+        """As aligned text, a row a class and one of the means; "-" where there is no value."""
+        columns = {"IoU": self.iou, "precision": self.precision, "recall": self.recall}
+        if self.boundary_iou is not None:
+            columns["boundary IoU"] = self.boundary_iou
+        rows = [("", *columns)]
+        for name, *values in zip((*self.names, "mean"), *((*column, _mean(column)) for column in columns.values()), strict=True):
+            rows.append((name, *("-" if np.isnan(value) else f"{100 * value:.2f}" for value in values)))
+        first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+        return "\n".join(
+            "  ".join([f"{name:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))])
+            for name, *cells in rows
+        )
+
+
+def percent(fraction: float) -> float | None:
+    """For JSON: with two decimals, None for NaN."""
+    return None if np.isnan(fraction) else round(100 * fraction, 2)
+
+
+def _ratios(parts_K: np.ndarray, wholes_K: np.ndarray) -> tuple[float, ...]:
+    return tuple(np.divide(parts_K, wholes_K, out=np.full(len(parts_K), np.nan), where=wholes_K > 0).tolist())
+
+
+def _mean(values: Sequence[float]) -> float:
+    defined = [value for value in values if not np.isnan(value)]
+    return float(np.mean(defined)) if defined else float("nan")

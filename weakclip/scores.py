@@ -1,4 +1,4 @@
-"""Scores of a run's masks: a confusion matrix for each shard, RUN/scores/SHARD.json, and their sum's IoU, RUN/scores-masks.json.
+"""Scores of a run's masks: the counts of each shard, RUN/scores/SHARD.json, and their sum's scores, RUN/scores-masks.json.
 
 Integers add up to the same sum in any order, so any number of jobs gives the scores of one.
 """
@@ -14,40 +14,45 @@ import numpy as np
 from weakclip import masks
 from weakclip.data.shard import Index
 from weakclip.files import write_whole
-from weakclip.metrics import Scores
+from weakclip.metrics import Counts, Scores
 
 WHOLE = "scores-masks.json"
 
 
-def counts(run: Path, shard: str) -> np.ndarray | None:
-    """The shard's confusion matrix, int64 K x K; None before it is counted with the masks that are there now."""
+def counts(run: Path, shard: str) -> Counts | None:
+    """The shard's counts; None before it is counted, boundaries too, with the masks that are there now."""
     path = run / "scores" / f"{shard}.json"
     found = json.loads(path.read_text()) if path.is_file() else {"masks": None}
     made_by = masks.read_about(run / "pseudo")
-    return np.array(found["counts"], np.int64) if made_by is not None and found["masks"] == made_by else None
+    # An earlier version wrote no boundary.
+    if made_by is None or found["masks"] != made_by or found.get("boundary") is None:
+        return None
+    return Counts(np.array(found["counts"], np.int64), np.array(found["boundary"], np.int64))
 
 
-def write_counts(run: Path, shard: str, matrix_KK: np.ndarray) -> None:
+def write_counts(run: Path, shard: str, found: Counts) -> None:
     (run / "scores").mkdir(exist_ok=True)
-    found = {"masks": masks.read_about(run / "pseudo"), "counts": matrix_KK.tolist()}
-    write_whole(run / "scores" / f"{shard}.json", json.dumps(found) + "\n")
+    boundary = None if found.boundary_K2 is None else found.boundary_K2.tolist()
+    about = {"masks": masks.read_about(run / "pseudo"), "counts": found.matrix_KK.tolist(), "boundary": boundary}
+    write_whole(run / "scores" / f"{shard}.json", json.dumps(about) + "\n")
 
 
 def add_up(run: Path, index: Index) -> Scores | None:
     """The scores of the whole set, written; None while a shard is missing. Several jobs may come to it, and write the same."""
     found = [counts(run, shard.name) for shard in index.shards if shard.samples]
-    whole = [matrix_KK for matrix_KK in found if matrix_KK is not None]
+    whole = [part for part in found if part is not None]
     if len(whole) < len(found):
         return None
-    scores = Scores.of(np.sum(whole, axis=0), index.classes)
+    scores = sum(whole, start=Counts.zero(len(index.classes), boundary=True)).scores(index.classes)
     write(scores, masks.read_about(run / "pseudo"), run / WHOLE)
     return scores
 
 
 def are_whole(run: Path) -> bool:
-    """Whether the sum is written, of the masks that are there now."""
+    """Whether the sum is written, boundaries too, of the masks that are there now."""
     path = run / WHOLE
-    return path.is_file() and json.loads(path.read_text()).get("masks") == masks.read_about(run / "pseudo") is not None
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return "boundary_iou" in found and found.get("masks") == masks.read_about(run / "pseudo") is not None
 
 
 def write(scores: Scores, made_by: dict[str, Any] | None, path: Path) -> None:

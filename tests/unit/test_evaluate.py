@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -35,8 +36,25 @@ def written(folder, index: Index, mask_HW: np.ndarray):
 
 
 def test_the_truth_scores_100_and_absent_classes_are_null(shards):
-    scores = evaluate.score(samples(shards), lambda sample: sample.mask, NAMES)
-    assert scores.as_dict() == {"miou": 100.0, "iou": {"background": 100.0, "cat": 100.0, "dog": None, "cow": None}}
+    scores = evaluate.score(samples(shards), lambda sample: sample.mask, NAMES, boundary=True).as_dict()
+    for mean, each in (
+        ("miou", "iou"),
+        ("mean_precision", "precision"),
+        ("mean_recall", "recall"),
+        ("mean_boundary_iou", "boundary_iou"),
+    ):
+        assert scores.pop(mean) == 100.0
+        assert scores.pop(each) == {"background": 100.0, "cat": 100.0, "dog": None, "cow": None}
+    assert not scores
+
+
+def test_boundaries_are_scored_over_all_samples_together_if_asked_for(shards):
+    """48 x 64: boundaries are 2 pixels wide. In one of four images the cat, 48 x 32, is missing."""
+    found = {on: evaluate.score(samples(shards), lambda s: s.mask * (s.key != "image_2"), NAMES, on) for on in (False, True)}
+    half, whole = 48 * 32 - 44 * 28, 48 * 64 - 44 * 60
+    both = 4 * 32 + 2 * 44  # the half's three sides that are the image's
+    assert found[True].boundary_iou[:2] == ((3 * half + both) / (3 * half + half + whole - both), 3 / 4)
+    assert found[False].boundary_iou is None and found[False].miou == found[True].miou
 
 
 def test_a_prediction_is_scored_over_all_samples_together(shards):
@@ -71,9 +89,10 @@ def test_the_best_cam_threshold_is_found(tmp_path, make_shards):
     """The object stands out at 0.62 above a false 0.28 elsewhere, so any threshold in between is perfect."""
     maps_1hw = np.where(TRUTH_HW, round(0.62 * 255), round(0.28 * 255)).astype(np.uint8)[None]
     index = make_shards(tmp_path / "set", 2, cam=Cam((1,), maps_1hw, 1.0), seed=None)
-    threshold, scores = evaluate.best_cam_threshold(samples(index), NAMES)
-    assert threshold == 0.3 and scores.miou == 1.0
-    for chosen, miou in [(0.25, (0 + 0.5) / 2), (0.65, (0.5 + 0) / 2)]:
+    scores = evaluate.best_cam_threshold(samples(index), NAMES)
+    assert scores.threshold == 0.3 and scores.miou == 1.0
+    for chosen, miou in [(0.25, (0 + 0.5) / 2), (0.6, 1), (0.65, (0.5 + 0) / 2)]:
+        assert scores.curve[chosen] == pytest.approx(miou)
         config_scores = evaluate.score(
             samples(index), lambda s, t=chosen: evaluate.cam_to_seed(evaluate.cam_maps(s), (1,), t), NAMES
         )
@@ -111,7 +130,9 @@ def test_masks_seeds_and_cams_of_a_set_are_scored(shards, tiny_config, tmp_path,
     masks = written(tmp_path / "masks", shards, TRUTH_HW)
     for what in ("masks", "seeds", "cam"):
         assert evaluate.run(config, what, data, None, masks).miou == 1.0
-    assert capsys.readouterr().out.startswith("best threshold 0.")
+    printed = capsys.readouterr().out
+    assert printed.startswith("best threshold 0.") and printed.count(":100.00*") == 1
+    assert max(map(len, printed.splitlines())) <= 100
     written(masks, shards, np.zeros_like(TRUTH_HW))
     assert evaluate.run(config, "masks", data, None, masks).iou[:2] == (0.5, 0.0)
 
@@ -131,7 +152,16 @@ def test_the_command_writes_json_with_nulls_and_prints_the_table(shards, tiny_co
     assert json.loads(out.read_text())["iou"] == {"background": 100.0, "cat": 100.0, "dog": None, "cow": None}
     assert [path.name for path in out.parent.iterdir()] == ["scores-seeds.json"]
     printed = capsys.readouterr().out
-    assert "mIoU        100.00" in printed and printed.endswith(f"written: {out}\n")
+    assert re.search(r"^mean +100.00 +100.00 +100.00$", printed, re.MULTILINE) and printed.endswith(f"written: {out}\n")
+
+
+def test_the_command_writes_the_curve_of_cams(shards, tiny_config, tmp_path):
+    save(tiny_config(f"data.train={shards.root}"), tmp_path / "recipe.yaml")
+    evaluate.main(["--config", str(tmp_path / "recipe.yaml"), "--what", "cam", "--boundary"])
+    found = json.loads((tmp_path / "run/scores-cam.json").read_text())
+    assert list(found["thresholds"]) == [f"{0.05 * step:.2f}" for step in range(1, 20)]
+    assert found["thresholds"][f"{found['threshold']:.2f}"] == max(found["thresholds"].values()) == found["miou"] == 100.0
+    assert found["mean_boundary_iou"] == 100.0
 
 
 def test_the_command_takes_other_folders(shards, tiny_config, tmp_path):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from weakclip import evaluate, masks, scores
 from weakclip.data.shard import Index
+from weakclip.data.stream import StoredSamples
+from weakclip.metrics import Counts
 
 
 @pytest.fixture
@@ -26,6 +31,13 @@ def judged(make_shards, tiny_config, tmp_path):
     return config, index
 
 
+@pytest.fixture(scope="module")
+def images(make_shards, tmp_path_factory) -> list:
+    """Seven samples, with their masks."""
+    index = make_shards(tmp_path_factory.mktemp("images") / "set")
+    return list(StoredSamples(index, index.entries, 0))
+
+
 def whole(run: Path) -> dict:
     return json.loads((run / scores.WHOLE).read_text())
 
@@ -37,8 +49,41 @@ def test_parts_add_up_to_the_whole(judged, parts):
     for number, part in enumerate(parts):
         assert number == 0 or part == "0:3" or not (run / scores.WHOLE).exists()
         evaluate.run_part(config, part)
-    at_once = evaluate.run(config, "masks", str(index.root), None, run / "pseudo")
+    at_once = evaluate.run(config, "masks", str(index.root), None, run / "pseudo", boundary=True)
     assert whole(run) == {**at_once.as_dict(), "masks": masks.read_about(run / "pseudo")}
+
+
+@given(st.lists(st.integers(0, 6), max_size=6), st.randoms())
+@settings(deadline=None, max_examples=15)
+def test_the_counts_of_any_parts_add_up_to_the_same_integers(images, cuts, random):
+    """As ranks, shards or tasks may cut and order the images."""
+    names, count = (
+        ("background", "cat", "dog"),
+        lambda some: evaluate.count(some, lambda sample: sample.image[..., 0] % 3, 3, True),
+    )
+    shuffled = random.sample(images, len(images))
+    bounds = [0, *sorted(cuts), len(images)]
+    parts = [count(shuffled[start:stop]) for start, stop in pairwise(bounds)]
+    together, whole = sum(parts[1:], start=parts[0]), count(images)
+    np.testing.assert_array_equal(together.matrix_KK, whole.matrix_KK)
+    np.testing.assert_array_equal(together.boundary_K2, whole.boundary_K2)
+    assert whole.boundary_K2.sum() > 0 and together.scores(names).as_dict() == whole.scores(names).as_dict()
+
+
+def test_counts_of_an_earlier_version_or_without_boundaries_are_counted_anew(judged):
+    config, index = judged
+    run = Path(config.run)
+    evaluate.run_part(config, None)
+    now = whole(run)
+    earlier = run / "scores" / f"{index.shards[0].name}.json"
+    earlier.write_text(json.dumps({key: value for key, value in json.loads(earlier.read_text()).items() if key != "boundary"}))
+    found = scores.counts(run, index.shards[1].name)
+    scores.write_counts(run, index.shards[1].name, Counts(found.matrix_KK, None))
+    assert [scores.counts(run, shard.name) is None for shard in index.shards] == [True, True, False]
+    (run / scores.WHOLE).write_text(json.dumps({key: now[key] for key in ("miou", "iou", "masks")}))
+    assert not scores.are_whole(run) and scores.add_up(run, index) is None
+    evaluate.run_part(config, None)
+    assert scores.are_whole(run) and whole(run) == now
 
 
 def test_a_shard_that_is_counted_is_not_read_again(judged):

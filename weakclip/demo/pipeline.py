@@ -140,10 +140,10 @@ def _samples(config: Config, index: Index) -> Iterable[DecodedSample]:
 
 def cam_scores(config: Config, index: Index) -> dict[str, float]:
     """mIoU (%) of the CAMs at their best single threshold, and of the same after a dense CRF with the published setting."""
-    threshold, scores = best_cam_threshold(_samples(config, index), index.classes)
+    scores = best_cam_threshold(_samples(config, index), index.classes)
 
     def refined(sample: DecodedSample) -> np.ndarray:
-        probs_nHW = cam_to_probabilities(cam_maps(sample), threshold)
+        probs_nHW = cam_to_probabilities(cam_maps(sample), scores.threshold)
         return np.array([0, *sample.cam.classes], np.uint8)[crf.refine(probs_nHW, sample.image, crf_settings(config))]  # type: ignore[union-attr]
 
     return {"cam": 100 * scores.miou, "cam_crf": 100 * score(_samples(config, index), refined, index.classes).miou}
