@@ -1,7 +1,6 @@
 """Score masks, seeds or CAMs against the ground truth in a shard set.
 
-python -m weakclip.evaluate --config configs/voc.yaml [--what masks|seeds|cam] [--data DIR] [--shards 0:8] [--boundary]
-    [key=value ...]
+python -m weakclip.evaluate --config configs/voc.yaml [--what masks|seeds|cam] [--data DIR] [--shards 0:8] [key=value ...]
 """
 
 from __future__ import annotations
@@ -46,31 +45,23 @@ class CamScores(Scores):
         return textwrap.fill("  ".join(points), width=100)
 
 
-def score(
-    samples: Iterable[DecodedSample], predict: Callable[[DecodedSample], np.ndarray], names: Sequence[str], boundary: bool = False
-) -> Scores:
-    """Of `predict(sample)` against each sample's mask, boundary IoU too if asked for: that takes as long again.
-
-    Pixels that a seed ignores (255) count as background.
-    """
-    return count(tqdm(samples, "scoring", unit=" images", disable=None), predict, len(names), boundary).scores(names)
+def score(samples: Iterable[DecodedSample], predict: Callable[[DecodedSample], np.ndarray], names: Sequence[str]) -> Scores:
+    """Of `predict(sample)` against each sample's mask. Pixels that a seed ignores (255) count as background."""
+    return count(tqdm(samples, "scoring", unit=" images", disable=None), predict, len(names)).scores(names)
 
 
-def count(
-    samples: Iterable[DecodedSample], predict: Callable[[DecodedSample], np.ndarray], num_classes: int, boundary: bool
-) -> Counts:
+def count(samples: Iterable[DecodedSample], predict: Callable[[DecodedSample], np.ndarray], num_classes: int) -> Counts:
     """What `score` makes its scores of. The counts of several parts add up to those of the whole."""
-    total = Counts.zero(num_classes, boundary)
+    total = Counts.zero(num_classes)
     for sample in samples:
         prediction_HW = predict(sample)
-        total += _count(sample, np.where(prediction_HW == labels.IGNORE, 0, prediction_HW), num_classes, boundary)
+        total += _count(sample, np.where(prediction_HW == labels.IGNORE, 0, prediction_HW), num_classes)
     return total
 
 
-def _count(sample: DecodedSample, prediction_HW: np.ndarray, num_classes: int, boundary: bool) -> Counts:
-    truth_HW = truth(sample)
-    matrix_KK = confusion(truth_HW, prediction_HW, num_classes)
-    return Counts(matrix_KK, boundary_counts(truth_HW, prediction_HW, num_classes) if boundary else None)
+def _count(sample: DecodedSample, prediction_HW: np.ndarray, num_classes: int) -> Counts:
+    found = truth(sample), prediction_HW, num_classes
+    return Counts(confusion(*found), boundary_counts(*found))
 
 
 def truth(sample: DecodedSample) -> np.ndarray:
@@ -79,31 +70,31 @@ def truth(sample: DecodedSample) -> np.ndarray:
     return sample.mask
 
 
-def best_cam_threshold(samples: Iterable[DecodedSample], names: Sequence[str], boundary: bool = False) -> CamScores:
+def best_cam_threshold(samples: Iterable[DecodedSample], names: Sequence[str]) -> CamScores:
     """The CAMs' scores at the single background threshold at which they are best."""
-    counts = [Counts.zero(len(names), boundary)] * len(THRESHOLDS)
+    counts = [Counts.zero(len(names))] * len(THRESHOLDS)
     for sample in tqdm(samples, "CAM thresholds", unit=" images", disable=None):
         maps_nHW = cam_maps(sample)
         for number, threshold in enumerate(THRESHOLDS):
             prediction_HW = cam_to_seed(maps_nHW, sample.cam.classes if sample.cam else (), threshold)
-            counts[number] += _count(sample, prediction_HW, len(names), boundary)
+            counts[number] += _count(sample, prediction_HW, len(names))
     found = {threshold: part.scores(names) for threshold, part in zip(THRESHOLDS, counts, strict=True)}
     best = max(found, key=lambda threshold: found[threshold].miou)
     return CamScores(**vars(found[best]), threshold=best, curve={at: part.miou for at, part in found.items()})
 
 
-def run(config: Config, what: str, data: str, shards: str | None, folder: Path, boundary: bool = False) -> Scores:
+def run(config: Config, what: str, data: str, shards: str | None, folder: Path) -> Scores:
     """Scores of "masks" (those in `folder`), "seeds" or "cam" on `shards` of the shard set `data`."""
     names = labels.class_names(config.classes)
     index = open_index(data, names, config.data)
     samples = StoredSamples(index, select_shards(index, shards), config.data.workers)
     if what == "cam":
-        found = best_cam_threshold(samples, names, boundary)
+        found = best_cam_threshold(samples, names)
         print(f"best threshold {found.threshold}; threshold:mIoU (%):\n{found.curve_text()}")
         return found
     if what == "seeds":
-        return score(samples, lambda sample: seed_mask(sample, config.seeds), names, boundary)
-    return score(samples, lambda sample: masks.read(folder, sample.key), names, boundary)
+        return score(samples, lambda sample: seed_mask(sample, config.seeds), names)
+    return score(samples, lambda sample: masks.read(folder, sample.key), names)
 
 
 def run_part(config: Config, part: str | None) -> None:
@@ -117,7 +108,7 @@ def run_part(config: Config, part: str | None) -> None:
     for shard, entries in tqdm([(shard, list(entries)) for shard, entries in shards], "scoring", unit=" shards", disable=None):
         if scores.counts(run, shard) is None:
             samples = StoredSamples(index, entries, config.data.workers)
-            found = count(samples, lambda sample: masks.read(run / "pseudo", sample.key), len(index.classes), boundary=True)
+            found = count(samples, lambda sample: masks.read(run / "pseudo", sample.key), len(index.classes))
             scores.write_counts(run, shard, found)
     if (whole := scores.add_up(run, index)) is not None:
         print(whole.table())
@@ -130,10 +121,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--data", metavar="DIR", help="shard set with ground-truth masks (default: data.train)")
     parser.add_argument("--shards", metavar="N|A:B", help="only these shards of it")
     parser.add_argument("--out", metavar="FILE", help="JSON to write (default: RUN/scores-WHAT.json)")
-    parser.add_argument("--boundary", action="store_true", help="boundary IoU, too")
     config, options = cli.parse_config(parser, arguments)
     folder = Path(options.masks or Path(config.run) / "pseudo")
-    found = run(config, options.what, options.data or config.data.train, options.shards, folder, options.boundary)
+    found = run(config, options.what, options.data or config.data.train, options.shards, folder)
     out = Path(options.out or Path(config.run) / f"scores-{options.what}.json")
     scores.write(found, masks.read_about(folder) if options.what == "masks" else None, out)
     print(found.table())

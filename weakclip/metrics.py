@@ -31,17 +31,16 @@ class Counts:
 
     matrix_KK: np.ndarray
     """int64: row = true class, column = predicted class."""
-    boundary_K2: np.ndarray | None
-    """int64: intersection and union of boundaries in pixels; None where they were not counted for all parts."""
+    boundary_K2: np.ndarray
+    """int64: intersection and union of boundaries, pixels."""
 
     @classmethod
-    def zero(cls, num_classes: int, boundary: bool) -> Counts:
+    def zero(cls, num_classes: int) -> Counts:
         """Of no image."""
-        return cls(np.zeros((num_classes, num_classes), np.int64), np.zeros((num_classes, 2), np.int64) if boundary else None)
+        return cls(np.zeros((num_classes, num_classes), np.int64), np.zeros((num_classes, 2), np.int64))
 
     def __add__(self, other: Counts) -> Counts:
-        ours, theirs = self.boundary_K2, other.boundary_K2
-        return Counts(self.matrix_KK + other.matrix_KK, None if ours is None or theirs is None else ours + theirs)
+        return Counts(self.matrix_KK + other.matrix_KK, self.boundary_K2 + other.boundary_K2)
 
     def scores(self, names: Sequence[str]) -> Scores:
         return Scores.of(self.matrix_KK, names, self.boundary_K2)

@@ -25,16 +25,15 @@ def counts(run: Path, shard: str) -> Counts | None:
     found = json.loads(path.read_text()) if path.is_file() else {"masks": None}
     made_by = masks.read_about(run / "pseudo")
     # An earlier version wrote no boundary.
-    if made_by is None or found["masks"] != made_by or found.get("boundary") is None:
+    if made_by is None or found["masks"] != made_by or "boundary" not in found:
         return None
     return Counts(np.array(found["counts"], np.int64), np.array(found["boundary"], np.int64))
 
 
 def write_counts(run: Path, shard: str, found: Counts) -> None:
     (run / "scores").mkdir(exist_ok=True)
-    boundary = None if found.boundary_K2 is None else found.boundary_K2.tolist()
-    about = {"masks": masks.read_about(run / "pseudo"), "counts": found.matrix_KK.tolist(), "boundary": boundary}
-    write_whole(run / "scores" / f"{shard}.json", json.dumps(about) + "\n")
+    counted = {"counts": found.matrix_KK.tolist(), "boundary": found.boundary_K2.tolist()}
+    write_whole(run / "scores" / f"{shard}.json", json.dumps({"masks": masks.read_about(run / "pseudo"), **counted}) + "\n")
 
 
 def add_up(run: Path, index: Index) -> Scores | None:
@@ -43,7 +42,7 @@ def add_up(run: Path, index: Index) -> Scores | None:
     whole = [part for part in found if part is not None]
     if len(whole) < len(found):
         return None
-    scores = sum(whole, start=Counts.zero(len(index.classes), boundary=True)).scores(index.classes)
+    scores = sum(whole, start=Counts.zero(len(index.classes))).scores(index.classes)
     write(scores, masks.read_about(run / "pseudo"), run / WHOLE)
     return scores
 

@@ -92,8 +92,7 @@ def reference(recipe: Path) -> Path:
     with FileLock(f"{run}.lock"):
         for ranks, module in ((4, "train"), (0, "pseudo"), (0, "evaluate")):
             if not (run / "scores-masks.json").exists():
-                options = ["--boundary"] if module == "evaluate" else []  # as the stage
-                line = command(ranks, f"weakclip.{module}", "--config", recipe, *options)
+                line = command(ranks, f"weakclip.{module}", "--config", recipe)
                 done = subprocess.run(line, env=ENVIRONMENT, cwd=REPO, capture_output=True, text=True, timeout=600)
                 assert done.returncode == 0, done.stdout + done.stderr
     return run

@@ -93,11 +93,10 @@ def test_torchmetrics_gives_the_same_for_81_classes(classification, case):
         assert scores.miou == pytest.approx(float(classification.multiclass_jaccard_index(*pair, **common)), abs=1e-6)
 
 
-def test_counts_add_up_and_lose_their_boundaries_where_a_part_has_none():
+def test_counts_add_up():
     one, two = Counts(np.eye(3, dtype=int), np.ones((3, 2), int)), Counts(np.ones((3, 3), int), np.full((3, 2), 4))
-    both = sum([one, two], start=Counts.zero(3, boundary=True))
+    both = sum([one, two], start=Counts.zero(3))
     assert both.matrix_KK.tolist() == (np.eye(3) + 1).tolist() and both.boundary_K2.tolist() == [[5, 5]] * 3
-    assert (both + Counts.zero(3, boundary=False)).scores(NAMES).boundary_iou is None
 
 
 def test_json_has_percentages_and_null_for_absent_classes():

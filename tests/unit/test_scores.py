@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from weakclip import evaluate, masks, scores
 from weakclip.data.shard import Index
 from weakclip.data.stream import StoredSamples
-from weakclip.metrics import Counts
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ def test_parts_add_up_to_the_whole(judged, parts):
     for number, part in enumerate(parts):
         assert number == 0 or part == "0:3" or not (run / scores.WHOLE).exists()
         evaluate.run_part(config, part)
-    at_once = evaluate.run(config, "masks", str(index.root), None, run / "pseudo", boundary=True)
+    at_once = evaluate.run(config, "masks", str(index.root), None, run / "pseudo")
     assert whole(run) == {**at_once.as_dict(), "masks": masks.read_about(run / "pseudo")}
 
 
@@ -59,7 +58,7 @@ def test_the_counts_of_any_parts_add_up_to_the_same_integers(images, cuts, rando
     """As ranks, shards or tasks may cut and order the images."""
     names, count = (
         ("background", "cat", "dog"),
-        lambda some: evaluate.count(some, lambda sample: sample.image[..., 0] % 3, 3, True),
+        lambda some: evaluate.count(some, lambda sample: sample.image[..., 0] % 3, 3),
     )
     shuffled = random.sample(images, len(images))
     bounds = [0, *sorted(cuts), len(images)]
@@ -70,16 +69,14 @@ def test_the_counts_of_any_parts_add_up_to_the_same_integers(images, cuts, rando
     assert whole.boundary_K2.sum() > 0 and together.scores(names).as_dict() == whole.scores(names).as_dict()
 
 
-def test_counts_of_an_earlier_version_or_without_boundaries_are_counted_anew(judged):
+def test_counts_of_an_earlier_version_are_counted_anew(judged):
     config, index = judged
     run = Path(config.run)
     evaluate.run_part(config, None)
     now = whole(run)
     earlier = run / "scores" / f"{index.shards[0].name}.json"
     earlier.write_text(json.dumps({key: value for key, value in json.loads(earlier.read_text()).items() if key != "boundary"}))
-    found = scores.counts(run, index.shards[1].name)
-    scores.write_counts(run, index.shards[1].name, Counts(found.matrix_KK, None))
-    assert [scores.counts(run, shard.name) is None for shard in index.shards] == [True, True, False]
+    assert [scores.counts(run, shard.name) is None for shard in index.shards] == [True, False, False]
     (run / scores.WHOLE).write_text(json.dumps({key: now[key] for key in ("miou", "iou", "masks")}))
     assert not scores.are_whole(run) and scores.add_up(run, index) is None
     evaluate.run_part(config, None)

@@ -54,7 +54,7 @@ def test_scores_are_counted_by_shards(begun):
     assert str(STAGES["evaluate"].progress(config, index)) == "0/3 shards"
     (run / "weights" / "last.safetensors").write_bytes(b"1")
     masks.claim(run / "pseudo", config, run / "weights" / "last.safetensors")
-    scores.write_counts(run, "shard-00001.tar", Counts.zero(4, boundary=True))
+    scores.write_counts(run, "shard-00001.tar", Counts.zero(4))
     assert str(STAGES["evaluate"].progress(config, index)) == "1/3 shards"
 
 

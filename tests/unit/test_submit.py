@@ -99,7 +99,7 @@ def complete(config, run: Path, *stages: str) -> None:
     if "evaluate" in stages:
         index = Index.load(config.data.train)
         for shard in index.shards:
-            scores.write_counts(run, shard.name, Counts.zero(len(index.classes), boundary=True))
+            scores.write_counts(run, shard.name, Counts.zero(len(index.classes)))
         scores.add_up(run, index)
 
 
