@@ -72,9 +72,9 @@ def make_plans(config: Config, options: argparse.Namespace) -> list[Plan]:
     asked = {name: getattr(options, name) for name in asdict(Resources()) if hasattr(options, name)}
     defaults = Resources.read(options.defaults, asked)
     stages = [STAGES[options.stage]] if options.stage != "all" else chain(config)
-    made = {stage.name: stage.progress(config, None) for stage in stages if stage.name in MAKERS}
     if options.stage == "cam":
-        cam.open_labelled(config)  # no stage before it makes it
+        cam.open_labelled(config)  # alone it has no stage before it that would build the set
+    made = {stage.name: stage.progress(config, None) for stage in stages if stage.name in MAKERS}
     ready = len(made) < len(stages) and all(progress.complete for progress in made.values())
     index, shards = _index(config) if ready else (None, next(iter(made.values())).total)
     plans: list[Plan] = []

@@ -27,7 +27,7 @@ SINKHORN_ROUNDS = 10
 def activation_maps(
     clip: FrozenClip, image_HW3: np.ndarray, texts_CE: Tensor, n: int, config: CamConfig, scale: Sequence[int], size: Size
 ) -> np.ndarray:
-    """Maps of the first n texts, float32 n x `size`, each with maximum 1, or 0 where CLIP finds nothing.
+    """Maps of the first n texts, float32 n x `size`, each from 0 to 1, or all 0 where CLIP finds nothing.
 
     image_HW3: uint8 RGB. texts_CE: unit embeddings on the CLIP's device. scale: `data.scale`. size: h, w of the maps.
     """
@@ -38,7 +38,7 @@ def activation_maps(
             maps_nhw = maps_at_one_size(clip, image_13HW.flip(3) if mirror else image_13HW, texts_CE, n, config)
             maps_nhw = F.interpolate(maps_nhw[None], size=size, mode="bilinear")[0]
             total_nhw += maps_nhw.flip(2) if mirror else maps_nhw
-    return to_one(total_nhw.flatten(1)).view_as(total_nhw).cpu().numpy()
+    return stretch(total_nhw.flatten(1)).view_as(total_nhw).cpu().numpy()
 
 
 def network_input(
@@ -53,12 +53,12 @@ def network_input(
 
 
 def maps_at_one_size(clip: FrozenClip, image_13HW: Tensor, texts_CE: Tensor, n: int, config: CamConfig) -> Tensor:
-    """Maps of the first n texts on the token grid, float32 n x h x w, each with maximum 1, or 0."""
+    """Maps of the first n texts on the token grid, float32 n x h x w, each from 0 to 1, or all 0."""
     grid = image_13HW.shape[2] // clip.vision.patch, image_13HW.shape[3] // clip.vision.patch
     tokens_1TD, attention_LL = before_last_block(clip.vision, image_13HW, config.attention_blocks)
-    maps_nL = to_one(softmax_gradcam(clip, tokens_1TD, texts_CE, n))
+    maps_nL = stretch(softmax_gradcam(clip, tokens_1TD, texts_CE, n))
     if config.affinity_steps:
-        maps_nL = to_one(spread(maps_nL, boxes(maps_nL, grid, config.box_threshold), attention_LL, config.affinity_steps))
+        maps_nL = stretch(spread(maps_nL, boxes(maps_nL, grid, config.box_threshold), attention_LL, config.affinity_steps))
     return maps_nL.unflatten(1, grid)
 
 
@@ -143,7 +143,11 @@ def sinkhorn(attention_LL: Tensor) -> Tensor:
     return attention_LL
 
 
-def to_one(maps_nL: Tensor) -> Tensor:
-    """Each map divided by its maximum; a map of zeros stays."""
+def stretch(maps_nL: Tensor) -> Tensor:
+    """Each map moved and scaled to 0..1; one that is the same everywhere becomes 0.
+
+    Affinity leaves a little of each map everywhere, which a division by the maximum alone would keep.
+    """
+    maps_nL = maps_nL - maps_nL.amin(1, keepdim=True)
     top_n1 = maps_nL.amax(1, keepdim=True)
     return maps_nL / top_n1.where(top_n1 > 0, 1.0)

@@ -46,8 +46,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_all_but_the_cams_stays_as_it_is(config, labelled):
+def test_all_but_the_cams_stays_as_it_is(config, labelled, capsys):
     cam.run(config(), None)
+    assert "| 6/6 [" in capsys.readouterr().err
     index = Index.load(config().data.train)
     assert index.classes == NAMES and [len(shard.samples) for shard in index.shards] == SIZES
     assert [entry.key for entry in index.entries] == [entry.key for entry in labelled.entries]

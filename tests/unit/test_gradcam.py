@@ -38,8 +38,13 @@ def image_13HW() -> torch.Tensor:
 def test_maps_have_the_size_that_is_asked_for_and_reach_one(clip, texts_CE, image_HW3, options):
     maps_nhw = gradcam.activation_maps(clip, image_HW3[:50, :70], texts_CE, 2, CamConfig(**options), SCALE, (13, 18))
     assert maps_nhw.shape == (2, 13, 18) and maps_nhw.dtype == np.float32
-    assert maps_nhw.min() >= 0 and maps_nhw.max((1, 2)) == pytest.approx([1, 1])
+    assert maps_nhw.min((1, 2)).tolist() == [0, 0] and maps_nhw.max((1, 2)) == pytest.approx([1, 1])
     assert not np.array_equal(maps_nhw[0], maps_nhw[1])
+
+
+def test_a_map_that_is_the_same_everywhere_becomes_zero():
+    maps_nL = torch.tensor([[2.0, 3.0, 6.0], [5.0, 5.0, 5.0]])
+    assert gradcam.stretch(maps_nL).tolist() == [[0, 0.25, 1], [0, 0, 0]]
 
 
 def test_the_same_image_gives_the_same_maps(clip, texts_CE, image_HW3):
