@@ -86,8 +86,9 @@ class Build(Generic[T]):
                     write_whole(work / f"{_name(number)}.json", json.dumps(note) + "\n")
                     bar.update(len(shard.samples) if processes > 1 else 0)
         except BaseException:
-            if not any(work.glob("shard-*.json")):  # there is nothing to go on from
-                shutil.rmtree(work)
+            with _alone(work) as there:
+                if there and [path.name for path in work.iterdir()] == [BUILD]:  # nothing to go on from, and no other job writes
+                    shutil.rmtree(work)
             raise
         return self._finish(work)
 
