@@ -107,8 +107,9 @@ class FrozenClip(nn.Module):
         self.vision = VisionTower(clip.visual, config)
         self.text = TextTower(clip, config.name_tokens + prompts)
         self.embedding = int(self.vision.proj.shape[1])
-        self.logit_scale = clip.logit_scale.exp().item()
+        self.logit_scale: Tensor
         """What CLIP was trained to multiply the cosine of image and text by, before its softmax; CAMs alone use it."""
+        self.register_buffer("logit_scale", clip.logit_scale.detach().exp(), persistent=False)
         vision_cfg = {**clip.architecture["vision_cfg"], "image_size": config.image_size}
         text_cfg = {**clip.architecture["text_cfg"], "context_length": len(self.text.positional_embedding)}
         self.architecture = {**clip.architecture, "vision_cfg": vision_cfg, "text_cfg": text_cfg}

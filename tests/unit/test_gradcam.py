@@ -133,6 +133,12 @@ def test_patches_that_attend_to_themselves_keep_what_lies_in_the_boxes():
     torch.testing.assert_close(gradcam.spread(maps_nL, boxes_nL, torch.eye(12), 3), maps_nL * boxes_nL)
 
 
+def test_affinity_is_the_same_both_ways():
+    attention_LL = torch.randn(12, 12, generator=torch.Generator().manual_seed(7)).mul(2).softmax(1)
+    affinity_LL = gradcam.spread(torch.eye(12), torch.ones(12, 12), attention_LL, 1)
+    torch.testing.assert_close(affinity_LL, affinity_LL.T)
+
+
 def test_affinity_hands_on_along_the_attention():
     """Of a chain of patches each attends to itself and its neighbours: two steps reach two patches further."""
     chain_LL = torch.eye(7) + torch.diag(torch.ones(6), 1) + torch.diag(torch.ones(6), -1)
