@@ -23,7 +23,7 @@ from weakclip import config as configs
 from weakclip.config import Config, ConfigError
 from weakclip.data import writing
 from weakclip.data.shard import Index
-from weakclip.stages import STAGES, Progress
+from weakclip.stages import MAKERS, STAGES, Progress, is_made
 from weakclip.tables import Table
 
 FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"}
@@ -76,8 +76,8 @@ def _progress(stage: str, entry: Entry) -> tuple[str, str]:
     """How much of the stage is done, and the time left at the rate so far."""
     config = configs.load(Path(entry.folder) / "config.yaml")
     try:
-        to_build = bool(config.data.build) and not STAGES["shards"].progress(config, None).complete
-        progress = STAGES[stage].progress(config, None if to_build else Index.load(config.data.train, config.data))
+        index = Index.load(config.data.train, config.data) if stage not in MAKERS and is_made(config) else None
+        progress = STAGES[stage].progress(config, index)
     except ValueError as error:
         return f"? ({error})", ""
     times = _TIMES[stage](config) if stage in _TIMES else []
@@ -101,7 +101,8 @@ def _times_of_files(files: Iterable[Path]) -> list[tuple[float, float]]:
 
 
 _TIMES: dict[str, Callable[[Config], list[tuple[float, float]]]] = {
-    "shards": lambda config: _times_of_files(writing.partial_folder(Path(config.data.train)).glob("shard-*.json")),
+    "shards": lambda config: _times_of_files(writing.partial_folder(Path(config.labelled)).glob("shard-*.json")),
+    "cam": lambda config: _times_of_files(writing.partial_folder(Path(config.data.train)).glob("shard-*.json")),
     "train": _newest_steps,
     "pseudo": lambda config: _times_of_files((Path(config.run) / "pseudo").glob("*.png")),
 }

@@ -28,10 +28,10 @@ from launch import journal, logs, slurm
 from launch.job import StageJob
 from launch.journal import Entry
 from launch.resources import Resources, add_options
-from weakclip import cli, labels, lock
+from weakclip import cam, cli, labels, lock
 from weakclip.config import Config, ConfigError
 from weakclip.data.shard import Index
-from weakclip.stages import STAGES, Stage, chain
+from weakclip.stages import MAKERS, STAGES, Stage, chain
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,14 @@ def make_plans(config: Config, options: argparse.Namespace) -> list[Plan]:
     asked = {name: getattr(options, name) for name in asdict(Resources()) if hasattr(options, name)}
     defaults = Resources.read(options.defaults, asked)
     stages = [STAGES[options.stage]] if options.stage != "all" else chain(config)
-    built = STAGES["shards"].progress(config, None) if stages[0].name == "shards" else None
-    index, shards = (None, built.total) if built and not built.complete else _index(config)
+    if options.stage == "cam":
+        cam.open_labelled(config)  # alone it has no stage before it that would build the set
+    made = {stage.name: stage.progress(config, None) for stage in stages if stage.name in MAKERS}
+    ready = len(made) < len(stages) and all(progress.complete for progress in made.values())
+    index, shards = _index(config) if ready else (None, next(iter(made.values())).total)
     plans: list[Plan] = []
     for stage in stages:
-        progress = stage.progress(config, index)
+        progress = made.get(stage.name) or stage.progress(config, index)
         if progress.complete and not plans:  # what comes after a stage that runs is to be made anew
             print(f"{stage.name}: complete ({progress}), skipped")
             continue

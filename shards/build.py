@@ -96,11 +96,11 @@ class _Options(argparse.ArgumentParser):
 
 
 def of_recipe(config: Config) -> argparse.Namespace:
-    """The options in `data.build`, for a set at `data.train`. Raises ConfigError where they are none."""
+    """The options in `data.build`, for a set at `config.labelled`. Raises ConfigError where they are none."""
     options = config.data.build
     if taken := [option for option in options if option.split("=")[0] in ("--out", "--classes")]:
-        raise ConfigError(f"data.build: leave {taken[0]} out; the set becomes data.train, with the recipe's classes")
-    return parse_args([*options, f"--classes={config.classes}", f"--out={config.data.train}"], _Options)
+        raise ConfigError(f"data.build: leave {taken[0]} out; the set becomes {config.labelled}, with the recipe's classes")
+    return parse_args([*options, f"--classes={config.classes}", f"--out={config.labelled}"], _Options)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -44,12 +44,8 @@ class VisionTower(nn.Module):
 
     def forward(self, images_B3HW: Tensor, drop_path: bool = False) -> VisionFeatures:
         """Features of normalised images whose sides are multiples of the patch. `drop_path`: stochastic depth is active."""
-        patches_BDhw = self.conv1(images_B3HW)
-        B, D, h, w = patches_BDhw.shape
-        positions_LD = _resize_positions(self.positional_embedding, h, w)
-        cls_B1D = (self.class_embedding + positions_LD[0]).to(patches_BDhw.dtype).expand(B, 1, D)
-        x_BLD = torch.cat([cls_B1D, patches_BDhw.flatten(2).transpose(1, 2) + positions_LD[1:]], dim=1)
-        x_BLD = self.ln_pre(x_BLD)
+        h, w = (side // self.patch for side in images_B3HW.shape[2:])
+        x_BLD = self.embed(images_B3HW)
         taps = []
         for index, block in enumerate(self.blocks):
             rate = self.drop_paths[index] if drop_path else 0.0
@@ -59,6 +55,15 @@ class VisionTower(nn.Module):
         joint_BLE = self.ln_post(x_BLD) @ self.proj
         return VisionFeatures(taps, joint_BLE[:, 0], _to_map(joint_BLE[:, 1:], h, w))
 
+    def embed(self, images_B3HW: Tensor) -> Tensor:
+        """The tokens that enter the first block, B x (1 + h x w) x D: the class token, then the patches row by row."""
+        patches_BDhw = self.conv1(images_B3HW)
+        B, D, h, w = patches_BDhw.shape
+        positions_LD = _resize_positions(self.positional_embedding, h, w)
+        cls_B1D = (self.class_embedding + positions_LD[0]).to(patches_BDhw.dtype).expand(B, 1, D)
+        x_BLD = torch.cat([cls_B1D, patches_BDhw.flatten(2).transpose(1, 2) + positions_LD[1:]], dim=1)
+        return self.ln_pre(x_BLD)
+
 
 class TextTower(nn.Module):
     """A CLIP text transformer over [start] prompts name [end]. Frozen, but the prompts' gradient flows through it."""
@@ -67,7 +72,7 @@ class TextTower(nn.Module):
         super().__init__()
         if length > clip.positional_embedding.shape[0]:
             raise ConfigError(
-                f"clip.name_tokens + prompts.length is {length}, but this CLIP reads at most "
+                f"clip.name_tokens + prompts.length is {length}, or a text of cam.prompts so long, but this CLIP reads at most "
                 f"{clip.positional_embedding.shape[0]} tokens; lower one of them"
             )
         self.token_embedding, self.ln_final = clip.token_embedding, clip.ln_final
@@ -102,6 +107,9 @@ class FrozenClip(nn.Module):
         self.vision = VisionTower(clip.visual, config)
         self.text = TextTower(clip, config.name_tokens + prompts)
         self.embedding = int(self.vision.proj.shape[1])
+        self.logit_scale: Tensor
+        """What CLIP was trained to multiply the cosine of image and text by, before its softmax; CAMs alone use it."""
+        self.register_buffer("logit_scale", clip.logit_scale.detach().exp(), persistent=False)
         vision_cfg = {**clip.architecture["vision_cfg"], "image_size": config.image_size}
         text_cfg = {**clip.architecture["text_cfg"], "context_length": len(self.text.positional_embedding)}
         self.architecture = {**clip.architecture, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
@@ -109,15 +117,17 @@ class FrozenClip(nn.Module):
         self.requires_grad_(False).eval()
 
 
-def tokenize(names: Sequence[str], length: int) -> Tensor:
-    """Token ids, int64 K x `length`: start, name, end, zeros.
+def tokenize(names: Sequence[str], length: int | None = None) -> Tensor:
+    """Token ids, int64 K x `length` (None: that of the longest): start, name, end, zeros.
 
     Raises ConfigError for a name that does not fit; it is never cut.
     """
     tokenizer = open_clip.SimpleTokenizer()
+    start, end = [tokenizer.sot_token_id], [tokenizer.eot_token_id]
+    found = [start + tokenizer.encode(name.replace("_", " ")) + end for name in names]
+    length = max(map(len, found)) if length is None else length
     ids_KL = torch.zeros(len(names), length, dtype=torch.int64)
-    for row, name in enumerate(names):
-        ids = [tokenizer.sot_token_id, *tokenizer.encode(name.replace("_", " ")), tokenizer.eot_token_id]
+    for row, (name, ids) in enumerate(zip(names, found, strict=True)):
         if len(ids) > length:
             raise ConfigError(f"class name {name!r} takes {len(ids)} tokens; set clip.name_tokens to {len(ids)} or more")
         ids_KL[row, : len(ids)] = torch.tensor(ids)

@@ -32,7 +32,8 @@ class DataConfig:
     train: str = "data/voc/trainaug"
     """Shard set to train on: a directory with index.json, or its URL (http, https, s3, gs)."""
     build: list[str] = field(default_factory=list)
-    """What the stage `shards` makes `train` of: options of shards/build.py, without --out and --classes; empty: it is there."""
+    """What the stage `shards` makes `train` (or `cam.data`, if that is set) of: options of shards/build.py, without --out and
+    --classes; empty: it is there."""
     mix: dict[str, float] = field(default_factory=dict)
     """Further shard sets of the same classes to train on: where each lies, and how many of its samples come for one of `train`"""
     val: str | None = None
@@ -275,6 +276,55 @@ class PseudoConfig:
 
 
 @dataclass
+class CamConfig:
+    """CAMs from image labels by the frozen CLIP as it was trained, without any training: the method of CLIP-ES (CVPR 2023)."""
+
+    data: str | None = None
+    """Labelled shard set that CAMs are made for: directory or URL. The stage `cam` writes it with CAMs to `data.train`, and
+    `data.build` then says how this set is made. Null: no such stage."""
+    source: str = "clip"
+    """What makes them: clip."""
+    prompts: list[str] = field(default_factory=lambda: ["a clean origami {}."])
+    """Templates of the texts, each with {} where the name stands. Of several the one with the least sharpness is taken."""
+    prompt_images: int = 256
+    """Images, spread evenly over the set, on which sharpness is measured; those with two or more labels count."""
+    synonyms: dict[str, str] = field(default_factory=dict)
+    """What stands in the texts for a class name that CLIP understands badly: {person: people}."""
+    background_names: list[str] = field(
+        default_factory=lambda: [
+            "ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea", "railway",
+            "railroad", "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley",
+            "bridge", "sign",
+        ]
+    )  # fmt: skip
+    """Names that compete with an image's labels in the softmax; empty: all classes do."""
+    normalisation: str = "clip"
+    """Mean and deviation of images, those that CLIP was trained with: clip (OpenAI's) or imagenet (the demo's)."""
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    """Factors on `data.scale`; maps are averaged over them. Sides are rounded to whole patches."""
+    flip: bool = False
+    """Average each scale with its mirror image."""
+    attention_blocks: int = 8
+    """Last blocks whose attention is averaged; all where the tower has fewer."""
+    box_threshold: float = 0.4
+    """Share of a map's maximum from which a cell counts: affinity spreads what lies in boxes around such cells."""
+    affinity_steps: int = 2
+    """t, how often the affinity is applied; 0: softmax-GradCAM alone."""
+
+    def __post_init__(self) -> None:
+        _require(self.source == "clip", "cam.source must be clip")
+        _require(bool(self.prompts), "cam.prompts must name a template")
+        for prompt in self.prompts:
+            _require(prompt.count("{}") == 1, f"cam.prompts: {prompt!r} must have one {{}}, where the name stands")
+        _require(self.prompt_images >= 1, "cam.prompt_images must be 1 or more")
+        _require(self.normalisation in ("imagenet", "clip"), "cam.normalisation must be imagenet or clip")
+        _require(bool(self.scales) and min(self.scales) > 0, "cam.scales must be positive numbers")
+        _require(self.attention_blocks >= 1, "cam.attention_blocks must be 1 or more")
+        _require(0 <= self.box_threshold <= 1, "cam.box_threshold must lie in 0..1")
+        _require(self.affinity_steps >= 0, "cam.affinity_steps must be 0 or more")
+
+
+@dataclass
 class DemoConfig:
     """The synthetic world; only `python -m weakclip.demo` reads it."""
 
@@ -303,6 +353,7 @@ class Config:
     classes: str = "voc"
     """voc, coco, demo, or a text file with one class name a line, background first."""
     data: DataConfig = field(default_factory=DataConfig)
+    cam: CamConfig = field(default_factory=CamConfig)
     seeds: SeedConfig = field(default_factory=SeedConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
@@ -318,6 +369,14 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.precision in ("auto", "fp32", "bf16"), "precision must be auto, fp32 or bf16")
+        if self.cam.data is not None:
+            _require(self.cam.data != self.data.train, "cam.data must be another set than data.train, where it goes with CAMs")
+            _require("://" not in self.data.train, "data.train must be a directory, since the stage cam writes it (cam.data)")
+
+    @property
+    def labelled(self) -> str:
+        """Where the shard set lies that `data.build` makes: `cam.data`, or `data.train` where no CAMs are to be made."""
+        return self.data.train if self.cam.data is None else self.cam.data
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

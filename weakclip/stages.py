@@ -6,7 +6,6 @@ does what is missing. Importing this module is light: a login node asks it befor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from weakclip import masks, scores
 from weakclip import run as runs
 from weakclip.config import Config, ConfigError
 from weakclip.data import writing
-from weakclip.data.shard import INDEX, Index
+from weakclip.data.shard import Index
 
 
 class Progress(NamedTuple):
@@ -61,7 +60,7 @@ def _shards(config: Config, part: str | None) -> None:
     options = build.of_recipe(config)
     if not _shards_progress(config, None).complete:
         plan = build.plan(options)
-        plan.run(options.processes, select_numbers(plan.shards, part, config.data.train))
+        plan.run(options.processes, select_numbers(plan.shards, part, config.labelled))
 
 
 def _shards_progress(config: Config, _index: Index | None) -> Progress:
@@ -70,17 +69,26 @@ def _shards_progress(config: Config, _index: Index | None) -> Progress:
     if not config.data.build:
         raise ConfigError("data.build is empty: it says what the shards are made of, such as [voc, --devkit, DIR, ...]")
     options = build.of_recipe(config)
-    about, whole = build.about(options), Path(config.data.train)
-    folder = whole if (whole / INDEX).is_file() else writing.partial_folder(whole)
-    if not (folder / writing.BUILD).is_file():
-        if folder == whole:
-            raise ConfigError(f"data.train: {whole} was not made by data.build; remove it, or leave data.build out")
-        return Progress(0, build.plan(options).shards, "shards")
-    earlier = json.loads((folder / writing.BUILD).read_text())
-    total = earlier.pop("shards")
-    if earlier != about:
-        raise ConfigError(f"data.train: {folder} is of another data.build (see {writing.BUILD} in it); remove it")
-    return Progress(total if folder == whole else len([*folder.glob("shard-*.json")]), total, "shards")
+    key = "data.train" if config.cam.data is None else "cam.data"
+    found = writing.written(Path(config.labelled), build.about(options), key, "data.build")
+    return Progress(*(found or (0, build.plan(options).shards)), "shards")
+
+
+def _cam(config: Config, part: str | None) -> None:
+    from weakclip import cam
+
+    cam.run(config, part)
+
+
+def _cam_progress(config: Config, _index: Index | None) -> Progress:
+    from weakclip import cam
+
+    if config.cam.data is not None and config.data.build:
+        pictures = _shards_progress(config, None)
+        if not pictures.complete:
+            return Progress(cam.written(config, None), pictures.total, "shards")
+    labelled = cam.open_labelled(config)
+    return Progress(cam.written(config, labelled), len(labelled.shards), "shards")
 
 
 def _train(config: Config, _part: str | None) -> None:
@@ -135,6 +143,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("shards", ranks=False, gpus=False, overwrites=False, run=_shards, progress=_shards_progress),
+        Stage("cam", ranks=False, gpus=True, overwrites=False, run=_cam, progress=_cam_progress),
         Stage("train", ranks=True, gpus=True, overwrites=False, run=_train, progress=_train_progress),
         Stage("pseudo", ranks=False, gpus=True, overwrites=False, run=_pseudo, progress=_pseudo_progress),
         Stage("evaluate", ranks=False, gpus=False, overwrites=True, run=_evaluate, progress=_evaluate_progress),
@@ -143,6 +152,16 @@ STAGES = {
 """In the order of the chain: each needs all before it."""
 
 
+MAKERS = ("shards", "cam")
+"""Stages that make shard sets, the last of which in a chain makes `data.train`. All have as many shards as it."""
+
+
 def chain(config: Config) -> list[Stage]:
-    """All stages that a config has: shards that are there already need not be built."""
-    return [stage for stage in STAGES.values() if stage.name != "shards" or config.data.build]
+    """All stages that a config has: shards and CAMs that are there already need not be made."""
+    absent = {"shards": not config.data.build, "cam": config.cam.data is None}
+    return [stage for stage in STAGES.values() if not absent.get(stage.name)]
+
+
+def is_made(config: Config) -> bool:
+    """Whether nothing is missing any more in `data.train` of what stages make of it."""
+    return all(stage.progress(config, None).complete for stage in chain(config) if stage.name in MAKERS)

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from weakclip.config import Config, ConfigError, CrfConfig, load, save
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("cam/*.yaml")])
 
 PUBLISHED = {
     "seed": 0,

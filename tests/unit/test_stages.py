@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from weakclip import masks, scores
 from weakclip.config import ConfigError
 from weakclip.data.shard import Index
 from weakclip.metrics import Counts
-from weakclip.stages import STAGES, chain
+from weakclip.stages import STAGES, chain, is_made
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_another_runs_directory_is_refused(begun, tiny_config):
 
 
 def test_a_login_node_need_not_load_torch():
-    line = "import sys, weakclip.stages, launch.submit, launch.status; sys.exit('torch' in sys.modules)"
+    line = "import sys, weakclip.stages, weakclip.cam, launch.submit, launch.status; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", line]).returncode == 0
 
 
@@ -120,3 +122,55 @@ def test_options_that_build_no_shards_are_one_clear_line(tiny_config, build, sai
 def test_a_chain_begins_with_shards_where_they_are_to_be_built(to_build, tiny_config):
     assert [stage.name for stage in chain(to_build())][:2] == ["shards", "train"]
     assert chain(tiny_config())[0].name == "train"
+
+
+@pytest.fixture
+def to_add_cams(to_build, tmp_path):
+    """Makes configs whose shards are to be built at tmp_path/built, as `to_build`, and get CAMs at tmp_path/cams."""
+    options = {"data": str(tmp_path / "built"), "prompts": ["{}"], "background_names": ["boat"]}
+
+    def config(more: str = "", **changes):
+        plain = to_build(more)
+        return replace(plain, data=replace(plain.data, train=f"{tmp_path}/cams"), cam=configs.CamConfig(**(options | changes)))
+
+    return config
+
+
+def test_cams_are_a_stage_where_a_labelled_set_is_named(to_add_cams):
+    config = to_add_cams()
+    assert [stage.name for stage in chain(config)] == ["shards", "cam", "train", "pseudo", "evaluate"]
+    config.data.build = []
+    assert [stage.name for stage in chain(config)][:2] == ["cam", "train"]
+
+
+def test_cams_are_made_in_parts_once_there_are_shards(to_add_cams, tmp_path):
+    config = to_add_cams()
+    assert str(STAGES["cam"].progress(config, None)) == "0/3 shards" and not is_made(config)
+    STAGES["shards"].run(config, None)
+    assert (tmp_path / "built" / "index.json").is_file() and not Path(config.data.train).exists()
+    STAGES["cam"].run(config, "0:2")
+    assert str(STAGES["cam"].progress(config, None)) == "2/3 shards" and not is_made(config)
+    STAGES["cam"].run(config, "2:3")
+    assert STAGES["cam"].progress(config, None).complete and is_made(config)
+    assert [entry.key for entry in Index.load(config.data.train).entries] == ["0", "1", "2", "3", "4"]
+
+
+def test_cams_of_other_options_or_shards_are_refused(to_add_cams, tmp_path):
+    config = to_add_cams()
+    STAGES["shards"].run(config, None)
+    STAGES["cam"].run(config, "0:1")
+    with pytest.raises(ConfigError, match="data.train: .*cams.partial is of another cam"):
+        STAGES["cam"].progress(to_add_cams(flip=True), None)
+    shutil.rmtree(tmp_path / "built")
+    assert str(STAGES["cam"].progress(config, None)) == "1/3 shards"  # of shards that are to be built anew
+    with pytest.raises(ConfigError, match="data.train: .*cams.partial is of another cam"):
+        STAGES["cam"].progress(to_add_cams(flip=True), None)
+    Image.new("RGB", (64, 48)).save(tmp_path / "images" / "5.png")
+    STAGES["shards"].run(config, None)
+    with pytest.raises(ConfigError, match="data.train: .*cams.partial is of another cam"):
+        STAGES["cam"].progress(config, None)
+
+
+def test_a_recipe_without_a_labelled_set_has_no_cams_to_make(tiny_config):
+    with pytest.raises(ConfigError, match="cam.data is null: it names the shard set with labels"):
+        STAGES["cam"].progress(tiny_config(), None)

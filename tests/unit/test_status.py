@@ -12,8 +12,10 @@ import pytest
 
 from launch import journal, logs, status
 from launch.journal import Entry
-from weakclip import cli
+from weakclip import cam, cli
 from weakclip.config import save
+from weakclip.data.shard import Index
+from weakclip.data.writing import claim
 
 IMAGES = 7
 
@@ -167,6 +169,20 @@ def test_stages_stand_in_the_order_of_the_chain(run, note):
     for stage in ("evaluate", "pseudo", "train"):
         note(stage, "12")
     assert list(rows(run)) == ["train", "pseudo", "evaluate"]
+
+
+def test_cams_in_the_making_are_counted_by_shards(run, note, tiny_config, shards, tmp_path):
+    folder = note("cam", "12", tasks=2)
+    options = (f"data.train={tmp_path}/cams", f"cam.data={shards}")
+    config = tiny_config(*options)
+    save(config, folder / "config.yaml")
+    assert rows(run)["cam"]["progress"] == "0/3 shards"
+    claim(tmp_path / "cams", {**cam.about(config, Index.load(shards)), "shards": 3})
+    for number, time in enumerate((1000, 1010)):
+        written = tmp_path / f"cams.partial/shard-0000{number}.json"
+        written.touch()
+        os.utime(written, (time, time))
+    assert (rows(run)["cam"]["progress"], rows(run)["cam"]["left"]) == ("2/3 shards", "0:00:10")
 
 
 def test_a_job_that_slurm_has_forgotten_is_unknown(run, note):

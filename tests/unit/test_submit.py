@@ -128,6 +128,15 @@ def test_the_defaults_may_come_from_the_environment(command, tmp_path, capsys):
         assert "#SBATCH --partition=ours\n" in said and "#SBATCH --gpus-per-node=4\n" in said
 
 
+def test_an_array_that_makes_cams_has_a_part_for_each_shard_of_the_labelled_set(command, shards, tmp_path, capsys):
+    labelled = (f"cam.data={shards}", f"data.train={tmp_path}/cams")
+    submit.main(command("all", "--dry-run", "--array-size", "7", *labelled))
+    said = capsys.readouterr().out
+    stages = [line.removeprefix("# ---- ") for line in said.splitlines() if line.startswith("# ----")]
+    assert stages[:3] == ["cam: an array of 7 tasks", "train: one job", "pseudo: an array of 7 tasks"]
+    assert "--array-size 21: data.train has 20 shards" in refused(capsys, command("cam", "--array-size", "21", *labelled))
+
+
 @pytest.mark.parametrize(
     "image, python", [("some image.sif", "apptainer exec --nv 'some image.sif' python3"), ("a/b:c", sys.executable)]
 )
@@ -178,6 +187,8 @@ def test_an_unknown_stage_is_refused(command, capsys):
         ("train", ["train.bacth=2"], "train.bacth=2: unknown key 'train.bacth'; the nearest is 'train.batch'"),
         ("train", ["data.train=nowhere"], "nowhere/index.json: no such file; `python shards/build.py` makes a shard set"),
         ("train", ["classes=coco"], "classes"),
+        ("cam", [], "cam.data is null: it names the shard set with labels that CAMs are made for"),
+        ("cam", ["cam.data=none", "data.build=[folder,--images,none]"], "none/index.json: no such file"),
         ("train", ["--nodes", "0"], "command line: nodes must be 1 or more"),
         ("train", ["--time", "soon"], "command line: time: 'soon' is no time of Slurm's"),
         ("train", ["--defaults", "none.yaml"], "none.yaml: no such file of cluster defaults; configs/cluster/ has examples"),

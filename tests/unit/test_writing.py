@@ -53,6 +53,28 @@ def whole(tmp_path) -> dict[str, bytes]:
     return contents(tmp_path / "whole")
 
 
+def test_a_job_that_fails_first_leaves_the_others_alone(tmp_path, whole):
+    class Failing(Pictures):
+        """Of the second shard, whose job fails as another begins the third."""
+
+        def __call__(self, number: int) -> Sample:
+            if number == 4:
+                with pytest.raises(ShardError, match="image_2 is broken"):
+                    build(tmp_path / "set", Pictures(broken={2})).run(numbers=range(1, 2))
+            return super().__call__(number)
+
+    build(tmp_path / "set", Failing()).run(numbers=range(2, 3))
+    build(tmp_path / "set", Pictures()).run()
+    assert contents(tmp_path / "set") == whole
+
+
+def test_shards_may_be_of_different_sizes(tmp_path):
+    sizes = [2, 1, 4, 2]
+    index = Build(range(9), Pictures(), tmp_path / "set", NAMES, sizes).run()
+    assert index is not None and [len(shard.samples) for shard in index.shards] == sizes
+    assert [entry.key for entry in index.entries] == [f"image_{number}" for number in range(9)]
+
+
 def test_a_build_that_failed_goes_on_with_what_is_missing(tmp_path, whole):
     broken, mended = Pictures(broken={5}), Pictures()
     with pytest.raises(ShardError, match="image_5 is broken"):

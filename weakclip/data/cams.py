@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,7 +33,7 @@ def read_cam(file: Path, size_HW: tuple[int, int], labels: Sequence[int], cam_ke
     than a quarter of the image's sides are enlarged to a quarter.
     Raises ShardError naming the file when it is anything else, and when it has a map of a class not in `labels`.
     """
-    maps = {}
+    maps: dict[int, Any] = {}
     for key, map_hw in _keyed_maps(read_dict(file), file):
         index = _class_index(key, cam_keys, file)
         if index == 0 and cam_keys == "class":
@@ -43,11 +43,20 @@ def read_cam(file: Path, size_HW: tuple[int, int], labels: Sequence[int], cam_ke
                              f"is --cam-keys {cam_keys} wrong, or the file another image's?")  # fmt: skip
         if index in maps:
             raise ShardError(f"{file}: two maps of class {index}")
-        maps[index] = _quantise(map_hw, size_HW, f"{file}: map of class {index}")
-    if len({map_hw.shape for map_hw in maps.values()}) != 1:
-        raise ShardError(f"{file}: holds no maps, or maps of different sizes")
-    classes = tuple(sorted(maps))
-    maps_nhw = np.stack([maps[index] for index in classes])
+        maps[index] = map_hw
+    return pack_cam(maps, size_HW, str(file))
+
+
+def pack_cam(maps: Mapping[int, Any], size_HW: tuple[int, int], where: str) -> Cam:
+    """The maps [h, w] by class index as they are stored, for an image of size (H, W). What becomes of them: see `read_cam`.
+
+    Raises ShardError naming `where` when there are none, or they are no maps of one size.
+    """
+    packed = {index: _quantise(map_hw, size_HW, f"{where}: map of class {index}") for index, map_hw in maps.items()}
+    if len({map_hw.shape for map_hw in packed.values()}) != 1:
+        raise ShardError(f"{where}: holds no maps, or maps of different sizes")
+    classes = tuple(sorted(packed))
+    maps_nhw = np.stack([packed[index] for index in classes])
     return Cam(classes, maps_nhw, max(maps_nhw.shape[1:]) / max(size_HW))
 
 

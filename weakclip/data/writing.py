@@ -21,7 +21,8 @@ from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from weakclip.data.shard import Entry, Index, PackedSample, Sample, Shard, ShardError, check_parts, parse_shard, sha256
+from weakclip.config import ConfigError
+from weakclip.data.shard import INDEX, Entry, Index, PackedSample, Sample, Shard, ShardError, check_parts, parse_shard, sha256
 from weakclip.data.storage import Storage
 from weakclip.files import whole, write_whole
 from weakclip.processes import map_in_processes
@@ -37,20 +38,21 @@ class Build(Generic[T]):
     """A shard set to make at `out`: the samples that `load` makes of `items`.
 
     about: what decides the samples beside the items, for JSON. version: tells an item from what it was before one of its files
-    changed. The bytes depend on the samples and `samples_per_shard`, not on processes and jobs. With more than one process
-    `items` and `load` must pickle. Raises ShardError when there is nothing to write.
+    changed. samples_per_shard: of all but the last, or of each. The bytes depend on the samples and `samples_per_shard`, not on
+    processes and jobs. With more than one process `items` and `load` must pickle. Raises ShardError when there is nothing to
+    write.
     """
 
     items: Sequence[T]
     load: Callable[[T], Sample | PackedSample]
     out: Path
     classes: Sequence[str]
-    samples_per_shard: int = 256
+    samples_per_shard: int | Sequence[int] = 256
     about: Mapping[str, Any] = field(default_factory=dict)
     version: Callable[[T], str] = str
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1:
+        if isinstance(self.samples_per_shard, int) and self.samples_per_shard < 1:
             raise ShardError("samples_per_shard must be at least 1")
         if not self.items:
             raise ShardError(f"{self.out}: there are no images to write")
@@ -58,7 +60,8 @@ class Build(Generic[T]):
     @property
     def shards(self) -> int:
         """How many there will be."""
-        return math.ceil(len(self.items) / self.samples_per_shard)
+        sizes = self.samples_per_shard
+        return math.ceil(len(self.items) / sizes) if isinstance(sizes, int) else len(sizes)
 
     def run(self, processes: int = 1, numbers: range | None = None) -> Index | None:
         """Write those of the shards `numbers` (None: all) that aren't there yet, each process whole ones.
@@ -75,19 +78,25 @@ class Build(Generic[T]):
         try:
             with tqdm(total=sum(map(len, chunks)), unit=" images", desc=self.out.name) as bar:
                 paths = [work / f"{_name(number)}.tar" for number in missing]
-                write = partial(_write_shard, self.load, len(self.classes))
+                # Another process's samples are seen when its shard is there.
+                load = self.load if processes > 1 else _counting(self.load, bar)
+                write = partial(_write_shard, load, len(self.classes))
                 for number, shard in zip(missing, map_in_processes(write, processes, paths, chunks), strict=True):
                     note = {"version": self._version(number), "shard": shard.as_dict()}
                     write_whole(work / f"{_name(number)}.json", json.dumps(note) + "\n")
-                    bar.update(len(shard.samples))
+                    bar.update(len(shard.samples) if processes > 1 else 0)
         except BaseException:
-            if not any(work.glob("shard-*.json")):  # there is nothing to go on from
-                shutil.rmtree(work)
+            with _alone(work) as there:
+                if there and [path.name for path in work.iterdir()] == [BUILD]:  # nothing to go on from, and no other job writes
+                    shutil.rmtree(work)
             raise
         return self._finish(work)
 
     def _chunk(self, number: int) -> Sequence[T]:
-        return self.items[number * self.samples_per_shard : (number + 1) * self.samples_per_shard]
+        sizes = self.samples_per_shard
+        if isinstance(sizes, int):
+            return self.items[number * sizes : (number + 1) * sizes]
+        return self.items[sum(sizes[:number]) : sum(sizes[: number + 1])]
 
     def _version(self, number: int) -> str:
         """Of all that decides a shard's bytes."""
@@ -148,6 +157,28 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def noted(out: Path) -> dict[str, Any] | None:
+    """What BUILD says in the set `out`, or in OUT.partial where that is not whole; None where it says nothing."""
+    note = (out if (out / INDEX).is_file() else partial_folder(out)) / BUILD
+    return json.loads(note.read_text()) if note.is_file() else None
+
+
+def written(out: Path, about: Mapping[str, Any], key: str, by: str) -> tuple[int, int] | None:
+    """How many shards of the set that `about` decides are there, and of how many; None where it was not begun.
+
+    key: of the recipe, that names `out`. by: the key that says what is made. Raises ConfigError when something else is there.
+    """
+    whole, earlier = (out / INDEX).is_file(), noted(out)
+    folder = out if whole else partial_folder(out)
+    if earlier is None:
+        if whole:
+            raise ConfigError(f"{key}: {out} was not made by {by}; remove it, or leave {by} out")
+        return None
+    if earlier | dict(about) != earlier:
+        raise ConfigError(f"{key}: {folder} is of another {by} (see {BUILD} in it); remove it")
+    return earlier["shards"] if whole else len([*folder.glob("shard-*.json")]), earlier["shards"]
+
+
 def claim(out: Path, about: Mapping[str, Any]) -> Path:
     """Make the folder OUT.partial, or see that it is of the same build. Raises ShardError when it is not, or `out` is in use."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -182,6 +213,15 @@ def _alone(folder: Path) -> Iterator[bool]:
 
 def _name(number: int) -> str:
     return f"shard-{number:05d}"
+
+
+def _counting(load: Callable[[T], Sample | PackedSample], bar: Any) -> Callable[[T], Sample | PackedSample]:
+    def counted(item: T) -> Sample | PackedSample:
+        sample = load(item)
+        bar.update()
+        return sample
+
+    return counted
 
 
 def _write_shard(load: Callable[[T], Sample | PackedSample], num_classes: int, path: Path, items: Sequence[T]) -> Shard:

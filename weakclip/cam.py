@@ -1,0 +1,141 @@
+"""Make class activation maps from image labels by the frozen CLIP: the shard set `cam.data`, with CAMs, becomes `data.train`.
+
+python -m weakclip.cam --config configs/cam/clip.yaml [--shards 0:8] [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from weakclip import cli, labels
+from weakclip.config import Config, ConfigError
+from weakclip.data import writing
+from weakclip.data.shard import Cam, DecodedSample, Entry, Index, PackedSample, decode_sample, read_entry
+
+if TYPE_CHECKING:
+    from weakclip.prompts import PromptedClip
+
+PROMPT = "prompt"
+"""In the set's build.json: the template that was taken."""
+
+
+def open_labelled(config: Config) -> Index:
+    """The set at `cam.data`. Raises ConfigError where the recipe has none, ValueError where it is of other classes."""
+    if config.cam.data is None:
+        raise ConfigError("cam.data is null: it names the shard set with labels that CAMs are made for")
+    index = Index.load(config.cam.data, config.data)
+    labels.check_same(labels.class_names(config.classes), index.classes, str(index.storage))
+    return index
+
+
+def about(config: Config, labelled: Index | None) -> dict[str, Any]:
+    """What decides the CAMs beside the template, for JSON; without the pictures where these aren't there yet."""
+    clip, options = config.clip, asdict(config.cam)
+    del options["data"]  # its content counts, wherever it lies
+    tower = {"model": clip.model, "pretrained": clip.pretrained, "image_size": clip.image_size}
+    pictures = {"of": labelled.fingerprint} if labelled else {}
+    return {**pictures, "cam": options, "clip": tower, "scale": config.data.scale}
+
+
+def written(config: Config, labelled: Index | None) -> int:
+    """How many shards with CAMs are there. Raises ConfigError when `data.train` is something else."""
+    found = writing.written(Path(config.data.train), about(config, labelled), "data.train", "cam")
+    return found[0] if found else 0
+
+
+@dataclass
+class WithCam:
+    """An entry of a labelled set -> the same sample with the CAM that `make` gives it, and a note of what is wanting."""
+
+    labelled: Index
+    make: Callable[[DecodedSample], Cam]
+    unlabelled: list[str] = field(default_factory=list)
+    empty: Counter[int] = field(default_factory=Counter)
+    """Of each class the maps that are all zero."""
+
+    def __call__(self, entry: Entry) -> PackedSample:
+        parts = read_entry(self.labelled, entry)
+        sample = decode_sample(parts, entry, len(self.labelled.classes))
+        parts.pop("cam.npz", None)
+        if sample.classes:
+            cam = self.make(sample)
+            self.empty.update(index for index, map_hw in zip(cam.classes, cam.maps_nhw, strict=True) if not map_hw.any())
+            parts["cam.npz"] = cam.encode()
+        else:
+            self.unlabelled.append(entry.key)
+        return PackedSample(entry.key, parts, f"{self.labelled.storage}/{entry.shard}")
+
+    def warnings(self) -> list[str]:
+        """One line for each kind of want."""
+        lines = []
+        if self.unlabelled:
+            named = ", ".join(self.unlabelled[:10]) + (", ..." if len(self.unlabelled) > 10 else "")
+            lines.append(f"warning: {len(self.unlabelled)} images have no label, so no CAM: {named}")
+        if self.empty:
+            counts = ", ".join(f"{self.labelled.classes[index]} {count}" for index, count in sorted(self.empty.items()))
+            lines.append(f"warning: {self.empty.total()} maps are empty, CLIP finds nothing of the class: {counts}")
+        return lines
+
+
+def run(config: Config, part: str | None) -> None:
+    """The stage: those of the shards "A:B" that are missing in `data.train`; who writes the last makes the set whole."""
+    labelled = open_labelled(config)
+    shards = len(labelled.shards)
+    if written(config, labelled) == shards:
+        return
+    from weakclip.data.stream import select_numbers  # torch, which the login node that counts shards need not load
+    from weakclip.prompts import PromptedClip
+
+    numbers = select_numbers(shards, part, str(labelled.storage))
+    clip = PromptedClip(config, labelled.classes)
+    template = choose(config, clip, labelled)
+    load = WithCam(labelled, lambda sample: clip.cam(sample, template))
+    build = writing.Build(
+        labelled.entries,
+        load,
+        Path(config.data.train).resolve(),
+        labelled.classes,
+        [len(shard.samples) for shard in labelled.shards],
+        {**about(config, labelled), PROMPT: template},
+        version=lambda entry: entry.key,  # what is in it stands in `about`
+    )
+    build.run(numbers=numbers)
+    for line in load.warnings():
+        print(line, file=sys.stderr)
+
+
+def choose(config: Config, clip: PromptedClip, labelled: Index) -> str:
+    """The template that the set was begun with, or else the one with the least sharpness on some of its images."""
+    first, *others = config.cam.prompts
+    if not others:
+        return first
+    if (earlier := writing.noted(Path(config.data.train))) is not None:
+        return earlier[PROMPT]
+    from weakclip.data.stream import StoredSamples
+
+    step = max(len(labelled.entries) // config.cam.prompt_images, 1)
+    some = StoredSamples(labelled, labelled.entries[::step][: config.cam.prompt_images], config.data.workers)
+    found = clip.sharpness(tqdm(some, "choosing the prompt", unit=" images", disable=None))
+    print("sharpness:", ", ".join(f"{template!r} {value:.4f}" for template, value in found.items()), file=sys.stderr)
+    return min(found, key=found.__getitem__)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m weakclip.cam", description="Make CAMs from image labels by CLIP.")
+    parser.add_argument("--shards", metavar="N|A:B", help="only these shards of cam.data")
+    config, options = cli.parse_config(parser, arguments)
+    run(config, options.shards)
+    labelled = open_labelled(config)
+    print(f"{config.data.train}: {written(config, labelled)} of {len(labelled.shards)} shards with CAMs")
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])
