@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
@@ -45,13 +47,25 @@ class Interruption:
         return int(asked)
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """SIGNALS come after this, and processes that begin meanwhile have them blocked from their first moment."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
 def obey_only_the_parent(_worker: int) -> None:
-    """For a loader's process. Slurm signals every process of a job: a loader's would die of it, and its rank before it has saved.
+    """For a loader's process, begun in `held_back`.
+
+    Slurm signals every process of a job: a loader's would die of it, and its rank before it has saved.
 
     What the rank itself sends still ends the process, as multiprocessing does when the rank ends.
     """
     parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # where processes are not forked, they have not inherited it
 
     def wait() -> None:
         while signal.sigwaitinfo(SIGNALS).si_pid != parent:

@@ -28,6 +28,38 @@ print([next(batches).keys for _ in range(8)])
 """
 
 
+SHOOTER = """
+import os, psutil, signal
+trainer, hit = psutil.Process(os.getppid()), {os.getpid()}
+print("ready", flush=True)
+while len(hit) < 3:
+    for child in {child.pid for child in trainer.children()} - hit:
+        os.kill(child, signal.SIGUSR2)
+        hit.add(child)
+"""
+
+EARLY = """
+import signal, subprocess, sys
+from weakclip import config as configs
+from weakclip.data.stream import open_index, training_batches
+from weakclip.labels import class_names
+
+config = configs.load(sys.argv[1])
+batches = training_batches(open_index(config.data.train, class_names(config.classes)), config)
+shooter = subprocess.Popen([sys.executable, "-c", sys.argv[2]], stdout=subprocess.PIPE)
+shooter.stdout.readline()
+print([next(batches).keys for _ in range(9)])
+assert shooter.wait() == 0 and signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+"""
+
+
+def test_loader_processes_survive_signals_that_come_as_they_begin(make_shards, tiny_config, tmp_path):
+    configs.save(tiny_config(f"data.train={make_shards(tmp_path / 'set').root}", "data.workers=2"), tmp_path / "config.yaml")
+    line = [sys.executable, "-c", EARLY, str(tmp_path / "config.yaml"), SHOOTER]
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.count("[") == 10, done.stderr
+
+
 @pytest.mark.parametrize("signals", [[], ["USR2"], ["TERM"], ["TERM", "USR2", "TERM"]], ids=str)
 def test_loader_processes_survive_others_signals_and_end_with_their_rank(signals, make_shards, tiny_config, tmp_path):
     """The program never closes its loader, as when an error that nobody catches ends it."""

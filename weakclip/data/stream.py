@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -17,7 +17,7 @@ from weakclip.config import Config, DataConfig, SeedConfig
 from weakclip.data import plan, transforms
 from weakclip.data.shard import DecodedSample, Entry, Index, OpenSample, ShardError, decode_sample, open_sample, read_entry
 from weakclip.data.storage import StorageError
-from weakclip.interrupt import obey_only_the_parent
+from weakclip.interrupt import held_back, obey_only_the_parent
 from weakclip.labels import check_same
 from weakclip.seeds import cam_to_seed
 
@@ -178,7 +178,7 @@ def training_batches(
     samples = TrainingSamples((index, *mixed), config, consumed, rank, ranks)
     pipeline = wds.DataPipeline(samples, wds.batched(config.train.batch, collation_fn=collate, partial=False))
     workers = config.data.workers
-    loader = wds.WebLoader(
+    loader = DataLoader(
         pipeline,
         batch_size=None,
         num_workers=workers,
@@ -223,10 +223,12 @@ def _identity(sample: Any) -> Any:
     return sample
 
 
-def _unwrapped(loader: Iterable[Any]) -> Generator[Any]:
+def _unwrapped(loader: DataLoader[Any]) -> Generator[Any]:
     """The loader's items; a loader process wraps an error's one line in its traceback, here it comes out again."""
+    with held_back():
+        iterator = iter(loader)  # this forks the processes
     try:
-        yield from loader
+        yield from iterator
     except (ShardError, StorageError) as error:
         raise type(error)(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from None
 
