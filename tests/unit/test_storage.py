@@ -6,6 +6,7 @@ import pickle
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import fsspec
@@ -249,6 +250,9 @@ def test_an_unknown_protocol_is_named():
 @pytest.mark.parametrize("protocol, package", [("http", "aiohttp"), ("s3", "s3fs"), ("gs", "gcsfs")])
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch, protocol, package):
     monkeypatch.setitem(sys.modules, package, None)
+    # Other tests may have used it by now.
+    monkeypatch.delitem(sys.modules, f"fsspec.implementations.{protocol}", raising=False)
+    monkeypatch.delitem(import_module("fsspec.registry")._registry, protocol, raising=False)
     cure = r"pip install 'weakclip\[remote\]'"
     with pytest.raises(StorageError, match=rf"^{protocol}:// needs a package .* \(.*{package}.*\); {cure}$"):
         Index.load(f"{protocol}://host/set")
