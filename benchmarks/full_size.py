@@ -46,8 +46,8 @@ def step(model: WeakCLIP, config: Config, device: torch.device) -> Callable[[], 
 def mask(model: WeakCLIP, config: Config, device: torch.device) -> Callable[[], None]:
     image_HW3 = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
     sample = DecodedSample("noise", image_HW3, (1,), cam=None, seed=None, mask=None)
-    text_KE = model.eval().encode_names().detach()
-    return lambda: (pseudo.pseudo_mask(model, sample, config, text_KE), None)[1]
+    predictor = model.eval().predictor()
+    return lambda: (pseudo.pseudo_mask(predictor, sample, config), None)[1]
 
 
 def main(arguments: Sequence[str]) -> None:

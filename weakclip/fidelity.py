@@ -249,15 +249,15 @@ def inference(golden: Golden) -> Computed:
     if len(set(sizes["crop"])) > 1 or len(set(sizes["stride"])) > 1:
         raise ConfigError(f"{golden.folder}/config.json: crop {sizes['crop']}, stride {sizes['stride']}: our windows are square")
     config = InferenceConfig(window=sizes["crop"][0], stride=sizes["stride"][0])
-    text_KE, x_3HW = model.encode_names(), golden.inputs["slide.img"][0]
-    logits_KHW = infer.slide(model, x_3HW, config, text_KE)
-    mirrored_KHW = infer.slide(model, x_3HW.flip(2), config, text_KE)
+    predictor, x_3HW = model.predictor(), golden.inputs["slide.img"][0]
+    logits_KHW = infer.slide(predictor, x_3HW, config)
+    mirrored_KHW = infer.slide(predictor, x_3HW.flip(2), config)
     probs_KHW = (logits_KHW.softmax(0) + mirrored_KHW.softmax(0).flip(2)) / 2
     every = golden.info["flip_avg_prob_subsample"]
     yield "slide.logits", logits_KHW[None]
     yield "slide.flip_avg_prob_sub", probs_KHW[None, :, ::every, ::every]
     yield "slide.flip_avg_argmax", probs_KHW.argmax(0)[None]
-    probs_KHW = infer.average(model, golden.inputs["aug.img_uint8"][0].numpy(), scaled_sizes(golden), config, text_KE)
+    probs_KHW = infer.average(predictor, golden.inputs["aug.img_uint8"][0].numpy(), scaled_sizes(golden), config)
     yield "aug.prob_all", probs_KHW[None]
     yield "aug.pred", probs_KHW.argmax(0)
     yield "aug.keys", probs_KHW.argmax(0).unique()

@@ -19,6 +19,7 @@ from weakclip.clip import FrozenClip, tokenize
 from weakclip.config import Config
 from weakclip.data.transforms import NORMALISATIONS
 from weakclip.decoder import TextGuidedDecoder
+from weakclip.infer import Predictor
 from weakclip.matching import CoAttentionMatching
 
 
@@ -63,6 +64,13 @@ class WeakCLIP(nn.Module):
         """Embeddings of classes and extra names, K x E; the same for every image, so inference computes them once."""
         with self.autocast(self.names_KL.device):
             return self.clip.text(self.names_KL, self.prompts_ND)
+
+    def predictor(self) -> Predictor:
+        """For inference; the text tower runs only now. The pyramid can't halve a side under two patches."""
+        with torch.no_grad():
+            text_KE = self.encode_names()
+        device, least_side = text_KE.device, 2 * self.clip.vision.patch
+        return Predictor(lambda x: self(x, text_KE).logits_BKhw, self.num_classes, self.normalisation, least_side, device)
 
     def forward(self, images_B3HW: Tensor, text_KE: Tensor | None = None) -> Output:
         """Normalised images with sides of at least one patch -> logits and score map. In training mode the frozen vision

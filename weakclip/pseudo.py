@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from weakclip import cli, crf, infer, labels, masks
@@ -19,12 +18,11 @@ from weakclip import weights as stored
 from weakclip.config import Config
 from weakclip.data.shard import DecodedSample
 from weakclip.data.stream import StoredSamples, open_index, select_shards
-from weakclip.model import WeakCLIP
 
 
-def pseudo_mask(model: WeakCLIP, sample: DecodedSample, config: Config, text_KE: torch.Tensor) -> np.ndarray:
+def pseudo_mask(predictor: infer.Predictor, sample: DecodedSample, config: Config) -> np.ndarray:
     """uint8 H x W of class indices."""
-    probs_KHW = infer.predict(model, sample.image, config.pseudo, config.data.scale, text_KE).cpu().numpy()
+    probs_KHW = infer.predict(predictor, sample.image, config.pseudo, config.data.scale).cpu().numpy()
     if config.pseudo.restrict_to_labels:
         absent = np.setdiff1d(np.arange(1, len(probs_KHW)), sample.classes)
         probs_KHW[absent] = 0
@@ -33,13 +31,12 @@ def pseudo_mask(model: WeakCLIP, sample: DecodedSample, config: Config, text_KE:
     return crf.refine(probs_KHW, sample.image, config.pseudo.crf)
 
 
-def write_masks(model: WeakCLIP, config: Config, samples: Iterable[DecodedSample], out: Path) -> None:
+def write_masks(predictor: infer.Predictor, config: Config, samples: Iterable[DecodedSample], out: Path) -> None:
     """KEY.png of every sample into `out`; a mask that is there already is left alone."""
-    text_KE = model.encode_names().detach()
     for sample in tqdm(samples, "pseudo masks", unit=" images", disable=None):
         path = out / f"{sample.key}.png"
         if not path.exists():
-            masks.save(pseudo_mask(model, sample, config, text_KE), path)
+            masks.save(pseudo_mask(predictor, sample, config), path)
 
 
 def run(config: Config, data: str, weights: Path, out: Path, shards: str | None = None) -> Path:
@@ -47,8 +44,8 @@ def run(config: Config, data: str, weights: Path, out: Path, shards: str | None 
     index = open_index(data, labels.class_names(config.classes), config.data)
     entries = select_shards(index, shards)
     masks.claim(out, config, weights)
-    model = stored.load_model(config, weights)
-    write_masks(model, config, StoredSamples(index, masks.missing(out, entries), config.data.workers), out)
+    predictor = stored.load_model(config, weights).predictor()
+    write_masks(predictor, config, StoredSamples(index, masks.missing(out, entries), config.data.workers), out)
     return out
 
 

@@ -51,14 +51,14 @@ def validation_scores(model: WeakCLIP, world: World, config: Config, validation:
     entries = validation.entries[: config.train.validate_images]
     K = len(validation.classes)
     matrix_KK = torch.zeros(K, K, dtype=torch.int64)
-    text_KE = model.encode_names().detach()
+    predictor = model.predictor()
     mine = entries[world.rank :: world.ranks]
     samples = StoredSamples(validation, mine, config.data.workers)
     for sample in tqdm(samples, "validation", leave=False, disable=None if world.rank == 0 else True):
         if sample.mask is None:
             where = f"data.val: {validation.storage}: {sample.key}"
             raise ValueError(f"{where} has no ground-truth mask; build the shards with --masks")
-        probs_KHW = infer.predict(model, sample.image, single_scale(config), config.data.scale, text_KE)
+        probs_KHW = infer.predict(predictor, sample.image, single_scale(config), config.data.scale)
         matrix_KK += torch.from_numpy(confusion(sample.mask, probs_KHW.argmax(0).byte().cpu().numpy(), K))
     total_KK = matrix_KK.to(world.device)
     dist.all_reduce(total_KK)
@@ -67,14 +67,14 @@ def validation_scores(model: WeakCLIP, world: World, config: Config, validation:
 
 def picture_sheet(model: WeakCLIP, config: Config, index: Index) -> Image.Image:
     """Image, CAM, seed and prediction of the first training images; unreadable ones are left out."""
-    rows = []
+    predictor, rows = model.predictor(), []
     for entry in index.entries[: config.train.pictures]:
         try:
             sample = load(index, entry)
             seed_HW = seed_mask(sample, config.seeds)
         except ShardError:
             continue
-        prediction_HW = infer.predict(model, sample.image, single_scale(config), config.data.scale).argmax(0).cpu().numpy()
+        prediction_HW = infer.predict(predictor, sample.image, single_scale(config), config.data.scale).argmax(0).cpu().numpy()
         found = [sample.image, pictures.colour_mask(seed_HW), pictures.colour_mask(prediction_HW)]
         if sample.cam is not None:
             found.insert(1, pictures.heat(sample.image, cam_maps(sample)))

@@ -152,7 +152,7 @@ def mask_of(probs_KHW, monkeypatch, config, classes=(1,)) -> np.ndarray:
     H, W = probs_KHW.shape[1:]
     sample = SimpleNamespace(image=np.full((H, W, 3), 128, np.uint8), classes=classes)
     monkeypatch.setattr(infer, "predict", lambda *_: torch.tensor(probs_KHW))
-    return pseudo.pseudo_mask(None, sample, config, None)
+    return pseudo.pseudo_mask(None, sample, config)
 
 
 def columns(*probs: list[float]) -> np.ndarray:
@@ -189,7 +189,7 @@ def test_masks_of_a_set_are_palette_pictures_of_the_images_sizes(tiny_config, ti
     rng = np.random.default_rng(0)
     image_HW3 = rng.integers(0, 256, (48, 64, 3), np.uint8)  # image_0
     image_HW3[0, 0] = 0
-    want_HW = infer.predict(tiny_model(), image_HW3, config.pseudo, config.data.scale).argmax(0).numpy()
+    want_HW = infer.predict(tiny_model().predictor(), image_HW3, config.pseudo, config.data.scale).argmax(0).numpy()
     with Image.open(out / "image_0.png") as picture:
         assert picture.mode == "P" and picture.getpalette()[:768] == labels.palette()
         np.testing.assert_array_equal(np.asarray(picture), want_HW)
@@ -208,7 +208,7 @@ def test_masks_that_are_there_are_kept_and_only_missing_ones_are_written(tiny_co
 def test_a_mask_that_another_job_wrote_meanwhile_is_kept(tiny_config, tiny_model, shards, tmp_path):
     samples = [*StoredSamples(shards, shards.entries, 0)]
     (tmp_path / "image_1.png").write_bytes(b"kept")
-    pseudo.write_masks(tiny_model(), tiny_config(NO_CRF), samples, tmp_path)
+    pseudo.write_masks(tiny_model().predictor(), tiny_config(NO_CRF), samples, tmp_path)
     assert len(written(tmp_path)) == 3 and written(tmp_path)["image_1.png"] == b"kept"
 
 
