@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -198,17 +198,27 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
+    optimizer: str = "adamw"
+    """adamw, or sgd with momentum 0.9."""
     lr: float = 1e-4
+    head_lr: float = 1.0
+    """Factor on `lr` for the parts of a retrained network that begin at random."""
     weight_decay: float = 3e-5
+    schedule: str = "cosine"
+    """How the learning rate falls: cosine, or poly (a power of the share that is left)."""
+    power: float = 0.9
+    """Exponent of the schedule poly."""
     warmup: int = 1500
     """Steps of linear warm-up, from 1e-6 of the learning rate."""
     min_lr: float = 1e-6
-    """Where the cosine ends."""
+    """Where the schedule ends."""
     clip_grad: float = 0.0
     """Largest norm of the gradient; 0: no clipping, as published."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr must be positive")
+        _require(self.optimizer in ("adamw", "sgd"), "optim.optimizer must be adamw or sgd")
+        _require(self.schedule in ("cosine", "poly"), "optim.schedule must be cosine or poly")
+        _require(self.lr > 0 and self.head_lr > 0 and self.power > 0, "optim.lr, optim.head_lr and optim.power must be positive")
         _require(0 <= self.min_lr <= self.lr, "optim.min_lr must lie in 0..optim.lr")
 
 
@@ -274,16 +284,20 @@ class PseudoConfig:
         _require(0 < self.stride <= self.window, "pseudo.stride must lie in 1..pseudo.window")
         _require(self.window_batch >= 1, "pseudo.window_batch must be 1 or more")
 
+    def single_scale(self) -> PseudoConfig:
+        """The quick form, for validation: one scale, no mirror image, no CRF."""
+        return replace(self, scales=[1.0], flip=False, crf=None)
+
 
 @dataclass
 class CamConfig:
-    """CAMs from image labels by the frozen CLIP as it was trained, without any training: the method of CLIP-ES (CVPR 2023)."""
+    """CAMs from image labels: by the frozen CLIP without any training (CLIP-ES, CVPR 2023), or by MCTformer (CVPR 2022)."""
 
     data: str | None = None
     """Labelled shard set that CAMs are made for: directory or URL. The stage `cam` writes it with CAMs to `data.train`, and
     `data.build` then says how this set is made. Null: no such stage."""
     source: str = "clip"
-    """What makes them: clip."""
+    """What makes them: clip, or mctformer, which the stage `classify` trains first. Prompts and boxes are clip's alone."""
     prompts: list[str] = field(default_factory=lambda: ["a clean origami {}."])
     """Templates of the texts, each with {} where the name stands. Of several the one with the least sharpness is taken."""
     prompt_images: int = 256
@@ -312,7 +326,7 @@ class CamConfig:
     """t, how often the affinity is applied; 0: softmax-GradCAM alone."""
 
     def __post_init__(self) -> None:
-        _require(self.source == "clip", "cam.source must be clip")
+        _require(self.source in ("clip", "mctformer"), "cam.source must be clip or mctformer")
         _require(bool(self.prompts), "cam.prompts must name a template")
         for prompt in self.prompts:
             _require(prompt.count("{}") == 1, f"cam.prompts: {prompt!r} must have one {{}}, where the name stands")
@@ -322,6 +336,45 @@ class CamConfig:
         _require(self.attention_blocks >= 1, "cam.attention_blocks must be 1 or more")
         _require(0 <= self.box_threshold <= 1, "cam.box_threshold must lie in 0..1")
         _require(self.affinity_steps >= 0, "cam.affinity_steps must be 0 or more")
+
+
+@dataclass
+class ClassifyConfig:
+    """MCTformer, trained on the image labels of `cam.data` in RUN/classify: its activations and attention are the CAMs."""
+
+    backbone: str = "deit_small_patch16_224"
+    """timm's name of a ViT."""
+    pretrained: str | None = None
+    """ImageNet weights of the backbone: timm's safetensors or DeiT's .pth; null: a random start."""
+    drop_path: float = 0.1
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop=224, ratio=[0.4375, 0.625], max_class_share=1.0))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, weight_decay=0.05))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(batch=64, steps=10000))
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.drop_path < 1, "classify.drop_path must lie in 0..1")
+
+
+@dataclass
+class RetrainConfig:
+    """An ordinary segmentation network, trained on the pseudo masks in RUN/retrain/NETWORK and tested on `data.val`."""
+
+    network: str | None = None
+    """resnet38, segmenter or segformer; null: no such stage."""
+    backbone: str | None = None
+    """Its size: wide or narrow, timm's name of a ViT, or b0 to b5; null: the published one."""
+    pretrained: str | None = None
+    """ImageNet weights of the backbone, in the format that its authors or its library publish; null: a random start."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    test: PseudoConfig = field(default_factory=PseudoConfig)
+    """How `data.val` is segmented: scales, mirror images, windows, CRF."""
+
+    def __post_init__(self) -> None:
+        networks = ("resnet38", "segmenter", "segformer")
+        _require(self.network is None or self.network in networks, f"retrain.network must be one of {', '.join(networks)}")
+        _require(not self.test.restrict_to_labels, "retrain.test.restrict_to_labels: a test image has no labels")
 
 
 @dataclass
@@ -365,6 +418,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     pseudo: PseudoConfig = field(default_factory=PseudoConfig)
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
+    retrain: RetrainConfig = field(default_factory=RetrainConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
 
     def __post_init__(self) -> None:

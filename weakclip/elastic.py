@@ -1,4 +1,4 @@
-"""AdamW's moments under any ZeRO stage as plain tensors, and back, so that any number of ranks and any stage can go on."""
+"""The optimiser's moments under any ZeRO stage as plain tensors, and back, so that any ranks and any stage can go on."""
 
 from __future__ import annotations
 
@@ -10,32 +10,37 @@ import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.SGD: ("momentum_buffer",),
+}
 
 
 def moments(engine: Any) -> dict[str, Tensor]:
-    """ "exp_avg/NAME" and "exp_avg_sq/NAME" of every trained parameter of a DeepSpeed engine, whole, on the CPU.
+    """ "exp_avg/NAME" and so on of every trained parameter of a DeepSpeed engine, whole, on the CPU.
 
     Every rank must call it, after the first step.
     """
     return {
-        f"{moment}/{name}": _whole(engine, parameter, moment).cpu() for name, parameter in _trained(engine) for moment in MOMENTS
+        f"{moment}/{name}": _whole(engine, parameter, moment).cpu()
+        for name, parameter in _trained(engine)
+        for moment in MOMENTS[type(_optimizer(engine))]
     }
 
 
 def set_moments(engine: Any, tensors: Mapping[str, Tensor], step: int) -> None:
     """Give a fresh engine the moments that `moments` returned, as after `step` steps. Every rank must call it."""
-    stage = engine.zero_optimization_stage()
-    optimizer = engine.optimizer.optimizer if stage else engine.optimizer  # ZeRO wraps it
-    # What AdamW steps on: the parameters themselves, or ZeRO's flat parts of them, which stage 3 shows it in its steps alone.
+    stage, optimizer = engine.zero_optimization_stage(), _optimizer(engine)
+    names = MOMENTS[type(optimizer)]
+    # What the optimiser steps on: the parameters themselves, or ZeRO's flat parts of them, which stage 3 shows it in steps alone.
     shown = [part for group in optimizer.param_groups for part in group["params"]]
     held = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else shown
     for part in held:
-        optimizer.state[part] = {"step": torch.tensor(float(step)), **{moment: torch.zeros_like(part) for moment in MOMENTS}}
+        optimizer.state[part] = {"step": torch.tensor(float(step)), **{name: torch.zeros_like(part) for name in names}}
     if stage in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()  # which DeepSpeed does in its first step
     for name, parameter in _trained(engine):
-        for moment in MOMENTS:
+        for moment in names:
             value = tensors[f"{moment}/{name}"].to(engine.device)
             if stage == 0:
                 optimizer.state[parameter][moment].copy_(value)
@@ -43,6 +48,10 @@ def set_moments(engine: Any, tensors: Mapping[str, Tensor], step: int) -> None:
                 safe_set_local_optimizer_state(parameter, _part(parameter, value), moment)
             else:
                 safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def _optimizer(engine: Any) -> torch.optim.Optimizer:
+    return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer  # ZeRO wraps it
 
 
 def _trained(engine: Any) -> list[tuple[str, nn.Parameter]]:

@@ -1,8 +1,7 @@
-"""DeepSpeed around a WeakCLIP: join the ranks, initialise, step, save, resume."""
+"""DeepSpeed around the network of a task: join the ranks, initialise, step, save, resume."""
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -30,9 +29,8 @@ from weakclip.config import Config, ConfigError, OptimConfig
 from weakclip.data.stream import Batch
 from weakclip.data.transforms import distort
 from weakclip.files import write_whole
-from weakclip.losses import weakclip_losses
-from weakclip.model import WeakCLIP
 from weakclip.run import checkpoints
+from weakclip.trained import Group, Targets, Trained
 
 
 @dataclass(frozen=True)
@@ -65,17 +63,25 @@ class World:
 
 
 def learning_rate_factor(step: int, config: OptimConfig, steps: int) -> float:
-    """Factor on `lr` at `step` of `steps`: cosine to `min_lr`, multiplied by a linear warm-up from 1e-6."""
-    low = config.min_lr / config.lr
-    cosine = low + (1 - low) * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+    """Factor on `lr` at `step` of `steps`: a cosine or a power down to `min_lr`, multiplied by a linear warm-up from 1e-6."""
+    low, done = config.min_lr / config.lr, min(step / steps, 1)
+    course = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else (1 - done) ** config.power
     warm = 1 - (1 - step / config.warmup) * (1 - 1e-6) if step < config.warmup else 1
-    return cosine * warm
+    return (low + (1 - low) * course) * warm
+
+
+def make_optimizer(groups: Sequence[Group], config: OptimConfig) -> torch.optim.Optimizer:
+    """The one that the config asks for."""
+    settings = [{"params": group.parameters, "lr": config.lr * group.lr} for group in groups]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(settings, momentum=0.9, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(settings, weight_decay=config.weight_decay)
 
 
 class Engine:
-    """A WeakCLIP in training. `step` counts optimiser steps, `consumed` the samples of all ranks so far."""
+    """A network in training. `step` counts optimiser steps, `consumed` the samples of all ranks so far."""
 
-    def __init__(self, model: WeakCLIP, config: Config, world: World, resume: Path | None = None) -> None:
+    def __init__(self, model: Trained, config: Config, world: World, resume: Path | None = None) -> None:
         """resume: checkpoint to go on from, whatever ranks and ZeRO stage wrote it.
 
         Raises ArchiveError or ConfigError when it is damaged or another model's.
@@ -84,14 +90,12 @@ class Engine:
         self.step = self.consumed = 0
         moments = self._load(model, resume) if resume else None
         model = model.to(world.device)
-        # What validates and is saved: an ordinary module beside the one that ZeRO may have cut up. Both share the frozen CLIP.
-        self.plain = copy.deepcopy(model, {id(model.clip): model.clip}).eval()
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+        # What validates and is saved: an ordinary module beside the one that ZeRO may have cut up.
+        self.plain = model.twin().eval()
         done = self.step
         self._engine, *_ = deepspeed.initialize(
             model=synchronise(model, world.device),
-            optimizer=optimizer,
+            optimizer=make_optimizer(model.groups(), config.optim),
             lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(
                 wrapped, lambda more: learning_rate_factor(done + more, config.optim, config.train.steps)
             ),
@@ -100,7 +104,7 @@ class Engine:
         if moments is not None:
             elastic.set_moments(self._engine, moments, self.step)
 
-    def _load(self, model: WeakCLIP, path: Path) -> dict[str, Tensor]:
+    def _load(self, model: Trained, path: Path) -> dict[str, Tensor]:
         """Take the model's weights, the step and the samples consumed from a checkpoint; returns the optimiser's moments."""
         tensors, meta = archives.read(path)
         state = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
@@ -123,13 +127,8 @@ class Engine:
         self._engine.train()
         sums: dict[str, Tensor] = {}
         for batch in batches:
-            distorted_B3HW = distort(batch.images.to(self.world.device), batch.photometric.to(self.world.device))
-            images_B3HW = self.plain.normalisation.apply(distorted_B3HW)
-            output = self._engine(images_B3HW)
-            seeds_BHW = batch.seeds.to(self.world.device).long()
-            losses = weakclip_losses(
-                output.logits_BKhw, output.scores_BKhw, seeds_BHW, images_B3HW, self.config.loss, self.plain.normalisation
-            )
+            targets = self._targets(batch)
+            losses = self.plain.losses(self._engine(targets.images_B3HW), targets)
             losses["total"] = torch.stack(list(losses.values())).sum()
             self._engine.backward(losses["total"])
             self._note_gradient_norm()
@@ -139,6 +138,12 @@ class Engine:
         self.step += 1
         self.consumed += self.global_batch
         return sums
+
+    def _targets(self, batch: Batch) -> Targets:
+        device = self.world.device
+        distorted_B3HW = distort(batch.images.to(device), batch.photometric.to(device))
+        images_B3HW = self.plain.normalisation.apply(distorted_B3HW)
+        return Targets(images_B3HW, batch.seeds.to(device).long(), batch.labels.to(device))
 
     def _note_gradient_norm(self) -> None:
         """ZeRO knows the norm after its step; plain data parallelism (stage 0) has whole gradients, before it."""
@@ -151,7 +156,7 @@ class Engine:
         """Of the last step, before clipping."""
         return float(self._whole_norm if self._stage == 0 else self._engine.get_global_grad_norm())
 
-    def refresh_plain(self) -> WeakCLIP:
+    def refresh_plain(self) -> Trained:
         """`plain` with the present weights. Every rank must call it."""
         module = self._engine.module
         with deepspeed.zero.GatheredParameters(list(module.parameters())):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from weakclip import labels
 from weakclip.config import Config, ConfigError
-from weakclip.data.shard import Entry, sha256
+from weakclip.data.shard import Entry, ShardError, sha256
 from weakclip.files import write_whole
 
 
@@ -49,6 +49,11 @@ def claim(folder: Path, config: Config, weights: Path) -> None:
         write_whole(folder / "about.json", json.dumps(now, indent=1) + "\n")
 
 
+def fingerprint(folder: Path) -> str:
+    """Of what made the masks in `folder`."""
+    return sha256(folder / "about.json")
+
+
 def missing(folder: Path, entries: Iterable[Entry]) -> list[Entry]:
     """Those that have no mask yet."""
     made = {path.name for path in folder.glob("*.png")}
@@ -75,3 +80,20 @@ def read(folder: Path, key: str) -> np.ndarray:
         raise ValueError(f"{path}: missing; write it with python -m weakclip.pseudo") from None
     except OSError as error:
         raise ValueError(f"{path}: {error}; remove it and run python -m weakclip.pseudo again") from None
+
+
+def read_target(folder: Path, key: str, size: tuple[int, int], num_classes: int) -> np.ndarray:
+    """The mask KEY.png as what a network is trained towards, uint8 H x W.
+
+    Raises ShardError naming the file when it is missing, damaged, of another size than its picture or of other classes.
+    """
+    try:
+        mask_HW = read(folder, key)
+    except ValueError as error:
+        raise ShardError(str(error)) from error
+    if mask_HW.shape != size:
+        raise ShardError(f"{folder / key}.png: {mask_HW.shape[1]} x {mask_HW.shape[0]}, but the picture is {size[1]} x {size[0]}")
+    highest = mask_HW.max(where=mask_HW != labels.IGNORE, initial=0)
+    if highest >= num_classes:
+        raise ShardError(f"{folder / key}.png: has class {highest}, but there are {num_classes}")
+    return mask_HW

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,10 @@ from weakclip.config import Config
 from weakclip.data.transforms import NORMALISATIONS
 from weakclip.decoder import TextGuidedDecoder
 from weakclip.infer import Predictor
+from weakclip.losses import weakclip_losses
 from weakclip.matching import CoAttentionMatching
+from weakclip.precision import autocast
+from weakclip.trained import Targets, Trained
 
 
 class Output(NamedTuple):
@@ -30,7 +34,7 @@ class Output(NamedTuple):
     """Score map, one value a token and class, in -1..1. (Of classes alone: `matching.extra_names` have none here.)"""
 
 
-class WeakCLIP(nn.Module):
+class WeakCLIP(Trained):
     """All registered parameters are the paper's trainable part.
 
     The frozen CLIP is kept outside the module tree: what walks over the parameters (optimiser, ZeRO's partitioning and
@@ -43,7 +47,7 @@ class WeakCLIP(nn.Module):
         self._frozen = (clip,)
         names = [*class_names, *config.matching.extra_names]
         self.names_KL = tokenize(names, config.clip.name_tokens)
-        self.precision = config.precision
+        self.precision, self.loss = config.precision, config.loss
         self.normalisation = NORMALISATIONS[config.clip.normalisation]
         self.num_classes = len(class_names)
         self.prompts_ND = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.prompts.length, clip.text.width)))
@@ -55,6 +59,14 @@ class WeakCLIP(nn.Module):
     def clip(self) -> FrozenClip:
         return self._frozen[0]
 
+    @property
+    def frozen(self) -> int:
+        """Parameters of the CLIP."""
+        return sum(p.numel() for p in self.clip.parameters())
+
+    def twin(self) -> WeakCLIP:
+        return copy.deepcopy(self, {id(self.clip): self.clip})
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeakCLIP:
         self.clip._apply(fn)  # .to(device) moves the frozen part along
         self.names_KL = fn(self.names_KL)
@@ -62,7 +74,7 @@ class WeakCLIP(nn.Module):
 
     def encode_names(self) -> Tensor:
         """Embeddings of classes and extra names, K x E; the same for every image, so inference computes them once."""
-        with self.autocast(self.names_KL.device):
+        with autocast(self.precision, self.names_KL.device):
             return self.clip.text(self.names_KL, self.prompts_ND)
 
     def predictor(self) -> Predictor:
@@ -75,16 +87,16 @@ class WeakCLIP(nn.Module):
     def forward(self, images_B3HW: Tensor, text_KE: Tensor | None = None) -> Output:
         """Normalised images with sides of at least one patch -> logits and score map. In training mode the frozen vision
         tower's stochastic depth is active, as published."""
-        with self.autocast(images_B3HW.device):
+        with autocast(self.precision, images_B3HW.device):
             features = self.clip.vision(images_B3HW, drop_path=self.training)
             text_KE = self.encode_names() if text_KE is None else text_KE
             scores_BKhw = self.matching(text_KE, features.global_BE, features.visual_BEhw)
             logits_BKhw = self.decoder(self.adapter(features.taps), scores_BKhw)
             return Output(logits_BKhw, scores_BKhw[:, : self.num_classes])
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        bf16 = self.precision == "bf16" or (self.precision == "auto" and device.type != "cpu")
-        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    def losses(self, output: Output, targets: Targets) -> dict[str, Tensor]:
+        """Of weakclip.losses, by name; their sum is what is minimised."""
+        return weakclip_losses(*output, targets.seeds_BHW, targets.images_B3HW, self.loss, self.normalisation)
 
 
 def parameter_counts(model: WeakCLIP) -> dict[str, int]:
@@ -103,7 +115,7 @@ def parameter_counts(model: WeakCLIP) -> dict[str, int]:
     counts["co-attention"] -= counts["alpha, beta"]
     counts["trainable"] = sum(p.numel() for p in model.parameters())
     counts["without gradient"] = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    counts["total"] = counts["trainable"] + sum(p.numel() for p in model.clip.parameters())
+    counts["total"] = counts["trainable"] + model.frozen
     return counts
 
 

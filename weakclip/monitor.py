@@ -22,7 +22,6 @@ from weakclip.config import Config, ConfigError
 from weakclip.data.stream import Batch, too_many_bad
 from weakclip.engine import Engine
 from weakclip.files import write_whole
-from weakclip.model import parameter_counts
 
 
 class Monitor:
@@ -41,8 +40,8 @@ class Monitor:
             self._lines = run / "metrics.jsonl"
             _drop_lines_after(self._lines, engine.step)
             if not self._lines.exists() or not self._lines.stat().st_size:  # a resumed run's lines begin with them already
-                counts = parameter_counts(engine.plain)
-                self.write({f"parameters/{name}": counts[name] for name in ("trainable", "total")})
+                trainable = sum(p.numel() for p in engine.plain.parameters())
+                self.write({"parameters/trainable": trainable, "parameters/total": trainable + engine.plain.frozen})
             terminal = sys.stderr.isatty()
             self._bar = tqdm(total=config.train.steps, initial=engine.step, unit="step", disable=not terminal, smoothing=0.1)
 

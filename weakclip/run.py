@@ -1,26 +1,23 @@
 """The run directory: everything of a run that survives a job lies in it.
 
 runs/NAME/  config.yaml  data.json  checkpoints/step-N.safetensors  weights/{best,last}.safetensors  best.json
-            pseudo/  scores/  scores-masks.json  tensorboard/  metrics.jsonl  lock.json  jobs/
+            classify/  pseudo/  retrain/NETWORK/  scores/  scores-masks.json  tensorboard/  metrics.jsonl  lock.json  jobs/
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 
 from weakclip import config as configs
 from weakclip.config import Config, ConfigError
 from weakclip.files import write_whole
 
-# What a resumed run must share with the one it goes on with: the model, the data and their order.
-_FIXED = ("seed", "classes", "seeds", "augment", "clip", "prompts", "adapter", "matching", "decoder", "loss", "demo")
 
-
-def claim(config: Config, resume: bool) -> Path:
-    """The run directory, with the resolved config in it.
+def claim(config: Config, fixed: Sequence[str], resume: bool) -> Path:
+    """The run directory, with the resolved config in it. fixed: as of `check_same`.
 
     Raises ConfigError when it holds another run's files: anything at all unless `resume`, a run with other settings if so.
     """
@@ -33,25 +30,27 @@ def claim(config: Config, resume: bool) -> Path:
             raise ConfigError(f"run: {run} holds files that are no run's; set run to another directory")
         if not resume:
             raise ConfigError(f"run: {run} already holds a run; go on with it by --resume auto, or set run to another directory")
-        check_same(config)
+        check_same(config, fixed)
     run.mkdir(parents=True, exist_ok=True)
     configs.save(config, written)
     return run
 
 
 def _may_come_first(path: Path) -> bool:
-    """Seeds and CAMs may be scored, sweeps begun and jobs submitted before there is a run."""
-    return path.name in ("sweeps", "jobs", "scores") or path.name.startswith("scores-")
+    """Seeds and CAMs may be scored, sweeps begun, jobs submitted and a classifier trained before there is a run."""
+    return path.name in ("sweeps", "jobs", "scores", "classify") or path.name.startswith("scores-")
 
 
-def check_same(config: Config) -> None:
-    """Raises ConfigError when the run directory holds a run that was begun with other settings."""
+def check_same(config: Config, fixed: Sequence[str]) -> None:
+    """Raises ConfigError when the run directory holds a run that was begun with other settings.
+
+    fixed: the keys that must be the same, beside the data and their order.
+    """
     written = Path(config.run) / "config.yaml"
     if not written.is_file():
         return
-    earlier, now = asdict(configs.load(written)), asdict(config)
-    changed = [f"{key}" for key in _FIXED if earlier[key] != now[key]]
-    changed += [f"data.{key}" for key in ("train", "mix") if earlier["data"][key] != now["data"][key]]
+    earlier, now = configs.load(written), config
+    changed = [key for key in (*fixed, "data.train", "data.mix") if attrgetter(key)(earlier) != attrgetter(key)(now)]
     if changed:
         raise ConfigError(
             f"run: {config.run} was made with another {', '.join(changed)}; set it as in {written}, or set run anew"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from weakclip import run as runs
 from weakclip.config import Config, ConfigError
 from weakclip.data import writing
 from weakclip.data.shard import Index
+from weakclip.tasks import TASKS
 
 
 class Progress(NamedTuple):
@@ -91,16 +93,23 @@ def _cam_progress(config: Config, _index: Index | None) -> Progress:
     return Progress(cam.written(config, labelled), len(labelled.shards), "shards")
 
 
-def _train(config: Config, _part: str | None) -> None:
+def _train(name: str, config: Config, _part: str | None) -> None:
     from weakclip import train
 
-    train.run(config, resume=True)
+    train.run(TASKS[name](config), resume=True)
 
 
-def _train_progress(config: Config, _index: Index | None) -> Progress:
-    runs.check_same(config)
-    saved = [runs.checkpoint_step(path) for path in runs.checkpoints(Path(config.run))]
-    return Progress(max(saved, default=0), config.train.steps, "steps")
+def _train_progress(name: str, config: Config, _index: Index | None) -> Progress:
+    task = TASKS[name](config)
+    runs.check_same(task.config, task.fixed)
+    saved = [runs.checkpoint_step(path) for path in runs.checkpoints(task.run)]
+    return Progress(max(saved, default=0), task.config.train.steps, "steps")
+
+
+def training(name: str) -> Stage:
+    """The stage of a task."""
+    run, progress = partial(_train, name), partial(_train_progress, name)
+    return Stage(name, ranks=True, gpus=True, overwrites=False, run=run, progress=progress)
 
 
 def _pseudo(config: Config, part: str | None) -> None:
@@ -144,7 +153,7 @@ STAGES = {
     for stage in (
         Stage("shards", ranks=False, gpus=False, overwrites=False, run=_shards, progress=_shards_progress),
         Stage("cam", ranks=False, gpus=True, overwrites=False, run=_cam, progress=_cam_progress),
-        Stage("train", ranks=True, gpus=True, overwrites=False, run=_train, progress=_train_progress),
+        training("train"),
         Stage("pseudo", ranks=False, gpus=True, overwrites=False, run=_pseudo, progress=_pseudo_progress),
         Stage("evaluate", ranks=False, gpus=False, overwrites=True, run=_evaluate, progress=_evaluate_progress),
     )

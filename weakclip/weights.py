@@ -16,6 +16,7 @@ from weakclip import archives, fit, labels
 from weakclip.config import Config, ConfigError
 from weakclip.files import write_whole
 from weakclip.model import WeakCLIP
+from weakclip.trained import Trained
 
 # Metadata of a converted file (weakclip.convert), JSON lists of names.
 CLASSES, EXTRA_NAMES = "classes", "extra_names"
@@ -63,6 +64,12 @@ def load_model(config: Config, path: Path) -> WeakCLIP:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+def load_into(model: Trained, path: Path) -> Trained:
+    """`model` with the weights in `path`, in evaluation mode, on the GPU if there is one. Raises as `load_model` does."""
+    fit.load_into(model, archives.read(path).tensors, str(path), "take the config that these weights were trained with")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
 def _with_its_own_clip(config: Config, path: Path, extra_names: list[str]) -> Config:
     if config.clip.pretrained != str(path):
         print(f"{path} brings its own CLIP; clip.pretrained ({config.clip.pretrained}) is not read", file=sys.stderr)
@@ -73,7 +80,7 @@ def _with_its_own_clip(config: Config, path: Path, extra_names: list[str]) -> Co
     )
 
 
-def save(model: WeakCLIP, path: Path, step: int) -> None:
+def save(model: Trained, path: Path, step: int) -> None:
     """The trainable part as safetensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, packed(model.state_dict(), {"format": "pt", "step": str(step)}))

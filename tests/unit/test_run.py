@@ -11,8 +11,14 @@ import sys
 import pytest
 
 from weakclip import cli, evaluate, model, pseudo
+from weakclip import run as runs
 from weakclip.config import ConfigError, load
-from weakclip.run import claim, claim_data
+from weakclip.run import claim_data
+from weakclip.tasks import Refine
+
+
+def claim(config, resume):
+    return runs.claim(config, Refine.fixed, resume)
 
 
 def test_a_new_run_is_made_with_its_resolved_config(tiny_config, tmp_path):

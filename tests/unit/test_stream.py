@@ -27,13 +27,13 @@ def batches(index: Index, config, count: int, **where: int) -> list[Batch]:
 
 
 def same(first: Batch, second: Batch) -> bool:
-    tensors = ("images", "seeds", "photometric")
+    tensors = ("images", "seeds", "labels", "photometric")
     return first.keys == second.keys and all(getattr(first, name).equal(getattr(second, name)) for name in tensors)
 
 
 def joined(parts: list[Batch]) -> Batch:
-    keys, images, seeds, photometric, bad = zip(*parts, strict=True)
-    return Batch([*chain(*keys)], torch.cat(images), torch.cat(seeds), torch.cat(photometric), [*chain(*bad)])
+    keys, *tensors, bad = zip(*parts, strict=True)
+    return Batch([*chain(*keys)], *map(torch.cat, tensors), [*chain(*bad)])
 
 
 def damage(index: Index, *numbers: int) -> None:

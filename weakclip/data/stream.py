@@ -30,6 +30,8 @@ class Batch(NamedTuple):
     """uint8 B x 3 x c x c, in memory B x c x c x 3."""
     seeds: Tensor
     """uint8 B x c x c."""
+    labels: Tensor
+    """uint8 B x K: 1 for each class that the whole image has."""
     photometric: Tensor
     """float32 B x 5: the draws that transforms.distort applies."""
     bad: list[str]
@@ -111,13 +113,17 @@ class Source:
 
 @dataclass(frozen=True)
 class TrainingSamples(IterableDataset[dict[str, Any]]):
-    """Iterates over the augmented samples of the micro-batches that this loader process is to make."""
+    """Iterates over the augmented samples of the micro-batches that this loader process is to make.
+
+    target: what a sample is trained towards, uint8 H x W of its image's size.
+    """
 
     sources: tuple[Index, ...]
     config: Config
     consumed: int
     rank: int
     ranks: int
+    target: Callable[[OpenSample], np.ndarray]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -146,11 +152,17 @@ class TrainingSamples(IterableDataset[dict[str, Any]]):
     def _augmented(self, entry: Entry, num_classes: int, key: tuple[int, ...], parts: dict[str, bytes]) -> dict[str, np.ndarray]:
         """The picture is decoded last, when it is known at which size it is needed."""
         sample = open_sample(parts, entry, num_classes)
-        seed_HW = seed_mask(sample, self.config.seeds)
         image, seed, draws = transforms.augment(
-            sample.decode_picture, seed_HW, sample.classes, plan.generator(*key), self.config.augment, self.config.data.scale
+            sample.decode_picture,
+            self.target(sample),
+            sample.classes,
+            plan.generator(*key),
+            self.config.augment,
+            self.config.data.scale,
         )
-        return {"image": image, "seed": seed, "photometric": draws}
+        labels_K = np.zeros(num_classes, np.uint8)
+        labels_K[list(sample.classes)] = 1
+        return {"image": image, "seed": seed, "labels": labels_K, "photometric": draws}
 
 
 def too_many_bad(bad: Sequence[str], limit: int) -> str:
@@ -163,19 +175,26 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
         keys=[sample["key"] for sample in samples],
         images=default_collate([sample["image"] for sample in samples]).permute(0, 3, 1, 2),
         seeds=default_collate([sample["seed"] for sample in samples]),
+        labels=default_collate([sample["labels"] for sample in samples]),
         photometric=default_collate([sample["photometric"] for sample in samples]),
         bad=[message for sample in samples for message in sample["bad"]],
     )
 
 
 def training_batches(
-    index: Index, config: Config, consumed: int = 0, rank: int = 0, ranks: int = 1, mixed: Sequence[Index] = ()
+    index: Index,
+    config: Config,
+    consumed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    mixed: Sequence[Index] = (),
+    target: Callable[[OpenSample], np.ndarray] | None = None,
 ) -> Generator[Batch]:
     """Endless micro-batches of one rank, going on after `consumed` samples of the whole run.
 
-    mixed: the further sets that `data.mix` weighs, in its order.
+    mixed: the further sets that `data.mix` weighs, in its order. target: as of TrainingSamples (default: the seed mask).
     """
-    samples = TrainingSamples((index, *mixed), config, consumed, rank, ranks)
+    samples = TrainingSamples((index, *mixed), config, consumed, rank, ranks, target or partial(seed_mask, config=config.seeds))
     pipeline = wds.DataPipeline(samples, wds.batched(config.train.batch, collation_fn=collate, partial=False))
     workers = config.data.workers
     loader = DataLoader(

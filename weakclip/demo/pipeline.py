@@ -25,6 +25,7 @@ from weakclip.engine import World
 from weakclip.evaluate import best_cam_threshold, score, truth
 from weakclip.files import write_whole
 from weakclip.seeds import cam_to_probabilities
+from weakclip.tasks import Refine
 from weakclip.train import train
 
 UNSEEN = 500_000
@@ -46,10 +47,11 @@ ROWS = {
 
 def run(config: Config) -> dict[str, float]:
     """Everything, into the run directory; what an interrupted run finished is not done again. Returns mIoU (%) by name."""
-    folder = runs.claim(config, resume=True)
+    task = Refine(config)
+    folder = runs.claim(config, task.fixed, resume=True)
     seen, unseen = make_shards(config, Path(config.data.train), folder / "shards" / "unseen")
     _say(f"training WeakCLIP, {config.train.steps} steps")
-    train(config, World.join(), resume=True)
+    train(task, World.join(), resume=True)
     _say("scoring the CAMs")
     scores = cam_scores(config, seen)
     name = "ceiling" if config.demo.seeds == "exact" else "weakclip"

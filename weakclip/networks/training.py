@@ -1,0 +1,59 @@
+"""Networks beside WeakCLIP as the training loop sees them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weakclip.data.transforms import Normalisation
+from weakclip.decoder import resize
+from weakclip.infer import Predictor
+from weakclip.labels import IGNORE
+from weakclip.networks import mctformer
+from weakclip.precision import autocast
+from weakclip.trained import Group, Targets, Trained
+
+
+class Segmentation(Trained):
+    """A network of weakclip.networks in supervised training: cross-entropy at the image's size."""
+
+    def __init__(self, network: nn.Module, num_classes: int, head_lr: float, precision: str) -> None:
+        super().__init__()
+        self.network, self.num_classes, self.head_lr, self.precision = network, num_classes, head_lr, precision
+        self.normalisation: Normalisation = network.normalisation  # type: ignore[assignment]
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Normalised images -> logits, B x K x h x w."""
+        with autocast(self.precision, images_B3HW.device):
+            return self.network(images_B3HW)
+
+    def losses(self, logits_BKhw: Tensor, targets: Targets) -> dict[str, Tensor]:
+        logits_BKHW = resize(logits_BKhw.float(), targets.seeds_BHW.shape[1:])
+        total = F.cross_entropy(logits_BKHW, targets.seeds_BHW, ignore_index=IGNORE, reduction="sum")
+        return {"segmentation": total / (targets.seeds_BHW != IGNORE).sum().clamp(min=1)}
+
+    def groups(self) -> list[Group]:
+        head = self.network.head_parameters()  # type: ignore[operator]
+        apart = {id(parameter) for parameter in head}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
+        return [Group(rest, 1.0), Group(head, self.head_lr)]
+
+    def predictor(self) -> Predictor:
+        device = next(self.parameters()).device
+        return Predictor(self, self.num_classes, self.normalisation, self.network.least_side, device)  # type: ignore[arg-type]
+
+
+class Classification(Trained):
+    """MCTformer in training on image labels."""
+
+    def __init__(self, network: mctformer.MCTformer, precision: str) -> None:
+        super().__init__()
+        self.network, self.precision = network, precision
+        self.normalisation = network.normalisation
+
+    def forward(self, images_B3HW: Tensor) -> mctformer.Scores:
+        with autocast(self.precision, images_B3HW.device):
+            return self.network(images_B3HW)
+
+    def losses(self, scores: mctformer.Scores, targets: Targets) -> dict[str, Tensor]:
+        return mctformer.losses(scores, targets.labels_BK[:, 1:].float())
