@@ -8,7 +8,7 @@ softmax, the first n of which are the image's classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import cv2
@@ -31,23 +31,33 @@ def activation_maps(
 
     image_HW3: uint8 RGB. texts_CE: unit embeddings on the CLIP's device. scale: `data.scale`. size: h, w of the maps.
     """
-    total_nhw = torch.zeros(n, *size, device=texts_CE.device)
-    for factor in config.scales:
-        image_13HW = network_input(clip.vision, image_HW3, config.normalisation, scale, factor, texts_CE.device)
-        for mirror in (False, True) if config.flip else (False,):
-            maps_nhw = maps_at_one_size(clip, image_13HW.flip(3) if mirror else image_13HW, texts_CE, n, config)
+    device, normalisation = texts_CE.device, config.normalisation
+    images = (network_input(clip.vision.patch, image_HW3, normalisation, scale, factor, device) for factor in config.scales)
+    return average_maps(lambda image_13HW: maps_at_one_size(clip, image_13HW, texts_CE, n, config), images, config.flip, size)
+
+
+def average_maps(maps_of: Callable[[Tensor], Tensor], images: Iterable[Tensor], flip: bool, size: Size) -> np.ndarray:
+    """Maps averaged over `images`, 1 x 3 x H x W, one image at several sizes: float32 n x `size`, each from 0 to 1, or all 0.
+
+    maps_of: such an image -> its maps, n x h x w. flip: average each with that of its mirror image.
+    """
+    found = []
+    for image_13HW in images:
+        for mirror in (False, True) if flip else (False,):
+            maps_nhw = maps_of(image_13HW.flip(3) if mirror else image_13HW)
             maps_nhw = F.interpolate(maps_nhw[None], size=size, mode="bilinear")[0]
-            total_nhw += maps_nhw.flip(2) if mirror else maps_nhw
+            found.append(maps_nhw.flip(2) if mirror else maps_nhw)
+    total_nhw = torch.stack(found).sum(0)
     return stretch(total_nhw.flatten(1)).view_as(total_nhw).cpu().numpy()
 
 
 def network_input(
-    vision: VisionTower, image_HW3: np.ndarray, normalisation: str, scale: Sequence[int], factor: float, device: torch.device
+    patch: int, image_HW3: np.ndarray, normalisation: str, scale: Sequence[int], factor: float, device: torch.device
 ) -> Tensor:
     """The image resized into `scale` times `factor`, its sides rounded to whole patches; normalised, 1 x 3 x H x W."""
     H, W = image_HW3.shape[:2]
     sides = scaled_size(H, W, scale, factor)
-    height, width = (max(round(side / vision.patch), 1) * vision.patch for side in sides)
+    height, width = (max(round(side / patch), 1) * patch for side in sides)
     resized_13HW = torch.from_numpy(resize_image(image_HW3, (height, width))).to(device).permute(2, 0, 1)[None].float()
     return NORMALISATIONS[normalisation].apply(resized_13HW)
 
@@ -78,11 +88,18 @@ def before_last_block(vision: VisionTower, image_13HW: Tensor, count: int) -> tu
 
 def attention(block: Any, x_1TD: Tensor) -> Tensor:
     """How much token t (row) takes from each token in an open_clip block, T x T, the mean over heads; rows sum to 1."""
-    D = x_1TD.shape[2]
-    weight_DD, bias_D = block.attn.in_proj_weight, block.attn.in_proj_bias
-    qk_T2D = F.linear(block.ln_1(x_1TD)[0], weight_DD[: 2 * D], bias_D[: 2 * D])  # the last D rows are for the values
-    q_NTd, k_NTd = (part_TD.unflatten(1, (block.attn.num_heads, -1)).transpose(0, 1) for part_TD in qk_T2D.split(D, dim=1))
-    return (q_NTd @ k_NTd.mT / q_NTd.shape[2] ** 0.5).softmax(-1).mean(0)
+    return mean_attention(block.ln_1(x_1TD), block.attn.in_proj_weight, block.attn.in_proj_bias, block.attn.num_heads)[0]
+
+
+def mean_attention(normed_BTD: Tensor, weight_DD: Tensor, bias_D: Tensor, heads: int) -> Tensor:
+    """How much token t (row) takes from each token, B x T x T, the mean over heads; rows sum to 1.
+
+    weight_DD, bias_D: of the linear layer that gives queries, keys and values, one below the other, 3 D rows.
+    """
+    D = normed_BTD.shape[2]
+    qk_BT2D = F.linear(normed_BTD, weight_DD[: 2 * D], bias_D[: 2 * D])  # the last D rows are for the values
+    q_BNTd, k_BNTd = (part_BTD.unflatten(2, (heads, -1)).transpose(1, 2) for part_BTD in qk_BT2D.split(D, dim=2))
+    return (q_BNTd @ k_BNTd.mT / q_BNTd.shape[3] ** 0.5).softmax(-1).mean(1)
 
 
 def softmax_gradcam(clip: FrozenClip, tokens_1TD: Tensor, texts_CE: Tensor, n: int) -> Tensor:

@@ -90,8 +90,8 @@ class PromptedClip:
 
     @torch.no_grad()
     def _embed_image(self, image_HW3: np.ndarray) -> Tensor:
-        vision, options, scale = self.clip.vision, self.config.cam, self.config.data.scale
-        image_13HW = gradcam.network_input(vision, image_HW3, options.normalisation, scale, options.scales[0], vision.proj.device)
+        vision, options, scale, device = self.clip.vision, self.config.cam, self.config.data.scale, self.clip.vision.proj.device
+        image_13HW = gradcam.network_input(vision.patch, image_HW3, options.normalisation, scale, options.scales[0], device)
         tokens_1TD = gradcam.before_last_block(vision, image_13HW, 1)[0]
         return gradcam.pooled(vision, tokens_1TD, vision.blocks[-1].ln_1(tokens_1TD))
 

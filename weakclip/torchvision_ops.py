@@ -1,4 +1,4 @@
-"""Lets open_clip import torchvision where torchvision's compiled operators are missing.
+"""Lets open_clip and timm import torchvision where torchvision's compiled operators are missing.
 
 The torchvision wheel on PyPI is built against the CUDA build of torch. Beside a CPU-only torch its C++ extension does not
 load, and its Python side then fails on import, because it registers fake kernels for two operators that nobody declared.
@@ -14,7 +14,7 @@ _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def declare_missing() -> None:
-    """Declare torchvision's operators if its own extension cannot. Call it before the first `import open_clip`."""
+    """Declare torchvision's operators if its own extension cannot. Call it before `import open_clip` or `import timm`."""
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         return

@@ -76,7 +76,9 @@ def test_safetensors(tmp_path, name, meta):
     assert archive.meta == (meta or {})
 
 
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"epoch": 3, "state_dict": state}])
+@pytest.mark.parametrize(
+    "wrap", [lambda state: state, lambda state: {"epoch": 3, "state_dict": state}, lambda state: {"model": state}]
+)
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_state_dict_and_a_training_checkpoint(tmp_path, wrap, prefix):
     torch.save(wrap({prefix + name: tensor for name, tensor in some_weights().items()}), tmp_path / "weights.pth")

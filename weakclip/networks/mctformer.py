@@ -1,0 +1,224 @@
+"""MCTformer-V2: a ViT with a class token for each class, trained on image labels, and the CAMs its attention gives.
+
+The method is that of Xu et al., "Multi-class Token Transformer for Weakly Supervised Semantic Segmentation" (CVPR 2022),
+the constants and the order of steps those of the released code (github.com/xulianuwa/MCTformer: models.py, engine.py).
+Parameters bear the released code's names, but its last norm, which neither head reads, is left out. With the same weights the
+scores, maps and affinity are the released code's to 3e-6 of their largest.
+
+B images of H x W pixels, h x w token grid, L = h w patches, C = K - 1 foreground classes, T = C + L tokens, D width. n classes
+of one image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weakclip import archives, fit, gradcam
+from weakclip.config import ConfigError
+from weakclip.data.transforms import Size
+from weakclip.torchvision_ops import declare_missing
+
+declare_missing()
+
+import timm
+from timm.models.vision_transformer import Block, VisionTransformer
+
+# What a plain ViT has outside its blocks, and in a block's attention.
+_OUTSIDE = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"}
+_ATTENTION = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
+
+
+class Scores(NamedTuple):
+    """Logits of the foreground classes."""
+
+    class_BC: Tensor
+    """From the class tokens."""
+    patch_BC: Tensor
+    """From the patch tokens."""
+
+
+class Activations(NamedTuple):
+    """Of the foreground classes, on the token grid."""
+
+    maps_BChw: Tensor
+    """Class-to-patch attention times what the patch head finds, >= 0; of no fixed range."""
+    affinity_BLL: Tensor
+    """How much patch l (row) takes from each patch, summed over all blocks."""
+
+
+class MCTformer(nn.Module):
+    """timm's ViT `backbone` with a class token for each of the K - 1 foreground classes, and a head on its patches.
+
+    num_classes: K, background included. image_size: side of the square images whose patches the position embedding has;
+    others see it resampled. drop_path: stochastic depth of the last block, in training; it grows linearly over the blocks.
+    The weights are random; see `load_pretrained`.
+    Raises ConfigError when timm knows no such backbone, it is no plain ViT, or image_size is no multiple of its patch.
+    """
+
+    def __init__(
+        self, num_classes: int, backbone: str = "deit_small_patch16_224", image_size: int = 224, drop_path: float = 0.1
+    ) -> None:
+        super().__init__()
+        vit = _plain_vit(backbone, image_size, drop_path)
+        C, D = num_classes - 1, vit.embed_dim
+        self.patch = int(vit.patch_embed.patch_size[0])
+        self.grid = image_size // self.patch
+        self.patch_embed, self.blocks = vit.patch_embed, vit.blocks
+        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, C, D), std=0.02))
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, C + self.grid**2, D), std=0.02))
+        self.head = nn.Conv2d(D, C, 3, padding=1)
+
+    def forward(self, images_B3HW: Tensor) -> Scores:
+        """Logits for images, normalised as for ImageNet, whose sides are multiples of the patch (`forward` in models.py)."""
+        x_BTD, grid = self.embed(images_B3HW)
+        x_BTD = self.blocks(x_BTD)
+        return Scores(x_BTD[:, : len(self.cls_token[0])].mean(2), self._find(x_BTD, grid).mean((2, 3)))
+
+    def embed(self, images_B3HW: Tensor) -> tuple[Tensor, Size]:
+        """The tokens that enter the first block, B x T x D, the classes' before the patches', and the patches' grid."""
+        patches_BhwD = self.patch_embed(images_B3HW)
+        B, h, w, _ = patches_BhwD.shape
+        C = len(self.cls_token[0])
+        positions_1TD = torch.cat([self.pos_embed[:, :C], _resample(self.pos_embed[:, C:], (h, w))], 1)
+        return torch.cat([self.cls_token.expand(B, -1, -1), patches_BhwD.flatten(1, 2)], 1) + positions_1TD, (h, w)
+
+    def _find(self, x_BTD: Tensor, grid: Size) -> Tensor:
+        """What the head finds of each class in the patches after the last block, B x C x h x w."""
+        return self.head(x_BTD[:, len(self.cls_token[0]) :].mT.unflatten(2, grid))
+
+    @torch.no_grad()
+    def maps(self, images_B3HW: Tensor, attention_blocks: int) -> Activations:
+        """Maps of normalised images, and the affinity to refine them by (`forward` in models.py).
+
+        attention_blocks: so many of the last blocks give the class-to-patch attention; all where there are fewer. It is the mean
+        over the heads and the sum over these blocks. The network must be in eval mode.
+        """
+        assert not self.training, "maps are of the whole network, not of one with blocks dropped"
+        x_BTD, grid = self.embed(images_B3HW)
+        C, first = len(self.cls_token[0]), len(self.blocks) - attention_blocks
+        class_BCL, affinity_BLL = x_BTD.new_zeros(()), x_BTD.new_zeros(())
+        for index, block in enumerate(self.blocks):
+            qkv = block.attn.qkv
+            attention_BTT = gradcam.mean_attention(block.norm1(x_BTD), qkv.weight, qkv.bias, block.attn.num_heads)
+            affinity_BLL = affinity_BLL + attention_BTT[:, C:, C:]
+            if index >= first:
+                class_BCL = class_BCL + attention_BTT[:, :C, C:]
+            x_BTD = block(x_BTD)
+        return Activations(class_BCL.unflatten(2, grid) * self._find(x_BTD, grid).relu(), affinity_BLL)
+
+    def load_pretrained(self, path: Path) -> None:
+        """Load an ImageNet ViT of this architecture: timm's safetensors, or the .pth that DeiT published.
+
+        As in the released code every class token, and its position embedding, begins as the file's only one; the patches'
+        position embedding is resampled if the file's is of another size. What comes after the blocks is not loaded.
+        Raises ConfigError naming the file when it cannot be read, or lacks a tensor or has one that this network has not.
+        """
+        try:
+            tensors = archives.read(path).tensors
+        except archives.ArchiveError as error:
+            raise ConfigError(str(error)) from error
+        found = {name: tensor for name, tensor in tensors.items() if not name.startswith(("head.", "norm."))}
+        if "pos_embed" in found:
+            found["pos_embed"] = _for_grid(found["pos_embed"], self.grid)
+        C, D = self.cls_token.shape[1:]
+        own = self.state_dict()
+        head = {name: own.pop(name) for name in ("head.weight", "head.bias")}
+        own |= {"cls_token": own["cls_token"][:, :1], "pos_embed": own["pos_embed"][:, C - 1 :]}
+        fit.check_fit(own, found, str(path), "take ImageNet weights of this backbone, without a distillation token")
+        for name in ("cls_token", "pos_embed"):
+            found[name] = torch.cat([found[name][:, :1].expand(1, C, D), found[name][:, 1:]], 1)
+        self.load_state_dict(found | head)
+
+
+def _plain_vit(name: str, image_size: int, drop_path: float) -> Any:
+    """timm's ViT, its weights random. Raises ConfigError as MCTformer does."""
+    if not timm.is_model(name):
+        raise ConfigError(f"timm knows no backbone {name!r}; timm.list_models('*deit*') lists names")
+    options: dict[str, Any] = {"img_size": image_size, "dynamic_img_size": True, "drop_path_rate": drop_path}
+    try:
+        vit: Any = timm.create_model(name, pretrained=False, num_classes=0, **options)
+    except TypeError:  # one that has no such options
+        vit = None
+    if type(vit) is not VisionTransformer or type(vit.blocks[0]) is not Block or not _is_plain(vit):
+        raise ConfigError(f"backbone {name} is no plain ViT with one class token; take one such as deit_small_patch16_224")
+    if image_size % vit.patch_embed.patch_size[0]:
+        raise ConfigError(f"image_size is {image_size}; it must be a multiple of the patch, {vit.patch_embed.patch_size[0]}")
+    return vit
+
+
+def _is_plain(vit: Any) -> bool:
+    names, prefix = list(vit.state_dict()), "blocks.0.attn."
+    outside = {name for name in names if not name.startswith("blocks.")}
+    attention = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    return outside == _OUTSIDE and attention == _ATTENTION and vit.pos_embed.shape[1] == 1 + vit.patch_embed.num_patches
+
+
+def _for_grid(positions: Tensor, side: int) -> Tensor:
+    """A file's position embedding, the class token's first, for side x side patches; as it is if of no square itself."""
+    count = positions.shape[1] - 1 if positions.ndim == 3 else 0
+    if count < 1 or math.isqrt(count) ** 2 != count:
+        return positions
+    return torch.cat([positions[:, :1], _resample(positions[:, 1:].float(), (side, side))], 1)
+
+
+def _resample(positions_1LD: Tensor, grid: Size) -> Tensor:
+    """Position embedding of a square grid of patches, for another grid, 1 x h w x D: bicubic."""
+    side = math.isqrt(positions_1LD.shape[1])
+    if grid == (side, side):
+        return positions_1LD
+    # The tenth of a cell is the released code's (and DINO's); without it the size could be rounded down by one.
+    factors = (grid[0] + 0.1) / side, (grid[1] + 0.1) / side
+    grid_1Dhw = F.interpolate(positions_1LD.mT.unflatten(2, (side, side)), scale_factor=factors, mode="bicubic")
+    return grid_1Dhw.flatten(2).mT
+
+
+def losses(scores: Scores, labels_BC: Tensor) -> dict[str, Tensor]:
+    """Multi-label soft-margin losses of both scores, to be added (engine.py). labels_BC: float, 1 where the class is there."""
+    named = {"class": scores.class_BC, "patch": scores.patch_BC}
+    return {name: F.multilabel_soft_margin_loss(logits_BC.float(), labels_BC) for name, logits_BC in named.items()}
+
+
+def activation_maps(
+    network: MCTformer,
+    image_HW3: np.ndarray,
+    classes: Sequence[int],
+    *,
+    scales: Sequence[float],
+    flip: bool,
+    attention_blocks: int,
+    affinity_steps: int,
+    scale: Sequence[int],
+    size: Size,
+) -> np.ndarray:
+    """Maps of these classes, float32 n x `size`, each from 0 to 1, or all 0 where the network finds nothing.
+
+    image_HW3: uint8 RGB. classes: indices from 1 to K - 1. scales: factors on `scale`, which is `data.scale`; the maps are
+    averaged over them and, with `flip`, over the mirror images, before they are stretched to 0..1, as in the released code.
+    affinity_steps: how often the affinity is applied, 0: not at all. size: h, w of the maps. The network is in eval mode.
+    Published: scales 1.0 and its mirror image, 3 attention blocks, 1 affinity step.
+    """
+    rows = [index - 1 for index in classes]
+
+    def maps_of(image_13HW: Tensor) -> Tensor:
+        found = network.maps(image_13HW, attention_blocks)
+        maps_nL = refine(found.maps_BChw[0, rows].flatten(1), found.affinity_BLL[0], affinity_steps)
+        return maps_nL.unflatten(1, found.maps_BChw.shape[2:])
+
+    device = network.cls_token.device
+    images = (gradcam.network_input(network.patch, image_HW3, "imagenet", scale, factor, device) for factor in scales)
+    return gradcam.average_maps(maps_of, images, flip, size)
+
+
+def refine(maps_nL: Tensor, affinity_LL: Tensor, steps: int) -> Tensor:
+    """Each patch of a map becomes what it takes of the map, `steps` times: n x L (engine.py; once there)."""
+    for _ in range(steps):
+        maps_nL = maps_nL @ affinity_LL.T
+    return maps_nL
