@@ -23,7 +23,7 @@ from weakclip import config as configs
 from weakclip.config import Config, ConfigError
 from weakclip.data import writing
 from weakclip.data.shard import Index
-from weakclip.stages import MAKERS, STAGES, Progress, is_made
+from weakclip.stages import STAGES, Progress, is_made
 from weakclip.tables import Table
 
 FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"}
@@ -76,7 +76,7 @@ def _progress(stage: str, entry: Entry) -> tuple[str, str]:
     """How much of the stage is done, and the time left at the rate so far."""
     config = configs.load(Path(entry.folder) / "config.yaml")
     try:
-        index = Index.load(config.data.train, config.data) if stage not in MAKERS and is_made(config) else None
+        index = Index.load(config.data.train, config.data) if STAGES[stage].data == "train" and is_made(config) else None
         progress = STAGES[stage].progress(config, index)
     except ValueError as error:
         return f"? ({error})", ""

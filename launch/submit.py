@@ -72,11 +72,19 @@ def make_plans(config: Config, options: argparse.Namespace) -> list[Plan]:
     asked = {name: getattr(options, name) for name in asdict(Resources()) if hasattr(options, name)}
     defaults = Resources.read(options.defaults, asked)
     stages = [STAGES[options.stage]] if options.stage != "all" else chain(config)
-    if options.stage == "cam":
+    if options.stage in ("classify", "cam"):
         cam.open_labelled(config)  # alone it has no stage before it that would build the set
     made = {stage.name: stage.progress(config, None) for stage in stages if stage.name in MAKERS}
-    ready = len(made) < len(stages) and all(progress.complete for progress in made.values())
-    index, shards = _index(config) if ready else (None, next(iter(made.values())).total)
+    ready = all(progress.complete for progress in made.values())
+    index = _index(config) if ready and any(stage.data == "train" for stage in stages) else None
+
+
+    def shards(stage: Stage) -> int:
+        """Of the set that the stage works on, be it still to be made: all that stages make have as many."""
+        if stage.data == "val":
+            return len(Index.load(str(config.data.val), config.data).shards)
+        return len(index.shards) if index else next(iter(made.values())).total
+
     plans: list[Plan] = []
     for stage in stages:
         progress = made.get(stage.name) or stage.progress(config, index)
@@ -89,23 +97,23 @@ def make_plans(config: Config, options: argparse.Namespace) -> list[Plan]:
                 f"{stage.name}: {progress} are there of an earlier {before}; remove them, submit {before} alone, or set run"
             )
         resources = defaults.of(stage, asked)
-        parts: list[str | None] = [None] if stage.ranks else slices(shards, resources, options.array_size)
+        parts: list[str | None] = [None] if stage.ranks else slices(shards(stage), resources, options.array_size)
         folder = journal.next_folder(Path(config.run), stage.name, skip=len(plans))
         plans.append(Plan(stage, resources, parts, folder, f"{options.name or Path(config.run).name}-{stage.name}"))
     return plans
 
 
-def _index(config: Config) -> tuple[Index, int]:
-    """Of data.train, and how many shards it has."""
+def _index(config: Config) -> Index:
+    """Of data.train."""
     index = Index.load(config.data.train, config.data)
     labels.check_same(labels.class_names(config.classes), index.classes, str(index.storage))
-    return index, len(index.shards)
+    return index
 
 
 def slices(shards: int, resources: Resources, asked: int | None) -> list[str | None]:
     """The shards in `array_size` even parts, or in as many as there are. Raises ConfigError where more were `asked` for."""
     if asked is not None and asked > shards:
-        raise ConfigError(f"--array-size {asked}: data.train has {shards} shards, of which each task takes at least one")
+        raise ConfigError(f"--array-size {asked}: there are {shards} shards, of which each task takes at least one")
     tasks = min(resources.array_size, shards)
     return [f"{task * shards // tasks}:{(task + 1) * shards // tasks}" for task in range(tasks)]
 

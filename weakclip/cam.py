@@ -1,4 +1,4 @@
-"""Make class activation maps from image labels by the frozen CLIP: the shard set `cam.data`, with CAMs, becomes `data.train`.
+"""Make class activation maps from image labels: the shard set `cam.data`, with CAMs, becomes `data.train`.
 
 python -m weakclip.cam --config configs/cam/clip.yaml [--shards 0:8] [key=value ...]
 """
@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
 from weakclip import cli, labels
 from weakclip.config import Config, ConfigError
 from weakclip.data import writing
-from weakclip.data.shard import Cam, DecodedSample, Entry, Index, PackedSample, decode_sample, read_entry
+from weakclip.data.shard import Cam, DecodedSample, Entry, Index, PackedSample, decode_sample, read_entry, sha256
+from weakclip.tasks import Classify
 
 if TYPE_CHECKING:
     from weakclip.prompts import PromptedClip
@@ -37,12 +38,9 @@ def open_labelled(config: Config) -> Index:
 
 
 def about(config: Config, labelled: Index | None) -> dict[str, Any]:
-    """What decides the CAMs beside the template, for JSON; without the pictures where these aren't there yet."""
-    clip, options = config.clip, asdict(config.cam)
-    del options["data"]  # its content counts, wherever it lies
-    tower = {"model": clip.model, "pretrained": clip.pretrained, "image_size": clip.image_size}
+    """What decides the CAMs beside the template, for JSON; without pictures and weights that aren't there yet."""
     pictures = {"of": labelled.fingerprint} if labelled else {}
-    return {**pictures, "cam": options, "clip": tower, "scale": config.data.scale}
+    return {**pictures, **_SOURCES[config.cam.source].about(config), "scale": config.data.scale}
 
 
 def written(config: Config, labelled: Index | None) -> int:
@@ -81,7 +79,7 @@ class WithCam:
             lines.append(f"warning: {len(self.unlabelled)} images have no label, so no CAM: {named}")
         if self.empty:
             counts = ", ".join(f"{self.labelled.classes[index]} {count}" for index, count in sorted(self.empty.items()))
-            lines.append(f"warning: {self.empty.total()} maps are empty, CLIP finds nothing of the class: {counts}")
+            lines.append(f"warning: {self.empty.total()} maps are empty, nothing was found of the class: {counts}")
         return lines
 
 
@@ -92,24 +90,65 @@ def run(config: Config, part: str | None) -> None:
     if written(config, labelled) == shards:
         return
     from weakclip.data.stream import select_numbers  # torch, which the login node that counts shards need not load
-    from weakclip.prompts import PromptedClip
 
     numbers = select_numbers(shards, part, str(labelled.storage))
-    clip = PromptedClip(config, labelled.classes)
-    template = choose(config, clip, labelled)
-    load = WithCam(labelled, lambda sample: clip.cam(sample, template))
+    source = _SOURCES[config.cam.source]
+    make, note = source.maker(config, labelled)
+    load = WithCam(labelled, make)
     build = writing.Build(
         labelled.entries,
         load,
         Path(config.data.train).resolve(),
         labelled.classes,
         [len(shard.samples) for shard in labelled.shards],
-        {**about(config, labelled), PROMPT: template},
+        {**about(config, labelled), **note},
         version=lambda entry: entry.key,  # what is in it stands in `about`
     )
     build.run(numbers=numbers)
     for line in load.warnings():
         print(line, file=sys.stderr)
+
+
+class Source(NamedTuple):
+    """What makes CAMs."""
+
+    about: Callable[[Config], dict[str, Any]]
+    """What decides them, for JSON."""
+    maker: Callable[[Config, Index], tuple[Callable[[DecodedSample], Cam], dict[str, Any]]]
+    """Makes them of one sample; and what was found out on the way, for JSON."""
+
+
+def _about_clip(config: Config) -> dict[str, Any]:
+    clip, options = config.clip, asdict(config.cam)
+    del options["data"]  # its content counts, wherever it lies
+    return {"cam": options, "clip": {"model": clip.model, "pretrained": clip.pretrained, "image_size": clip.image_size}}
+
+
+def _by_clip(config: Config, labelled: Index) -> tuple[Callable[[DecodedSample], Cam], dict[str, Any]]:
+    from weakclip.prompts import PromptedClip
+
+    clip = PromptedClip(config, labelled.classes)
+    template = choose(config, clip, labelled)
+    return lambda sample: clip.cam(sample, template), {PROMPT: template}
+
+
+def _about_mctformer(config: Config) -> dict[str, Any]:
+    names = ("source", "scales", "flip", "attention_blocks", "affinity_steps")
+    weights = Classify(config).run / "weights" / "last.safetensors"
+    made_by = {"weights": sha256(weights)} if weights.is_file() else {}
+    return {"cam": {name: getattr(config.cam, name) for name in names}, **made_by}
+
+
+def _by_mctformer(config: Config, _labelled: Index) -> tuple[Callable[[DecodedSample], Cam], dict[str, Any]]:
+    from weakclip import weights
+
+    task = Classify(config)
+    network: Any = task.load(weights.find(task.config, "last"))
+    return lambda sample: network.cam(sample, config), {}
+
+
+_SOURCES = {"clip": Source(_about_clip, _by_clip), "mctformer": Source(_about_mctformer, _by_mctformer)}
+"""By `cam.source`."""
 
 
 def choose(config: Config, clip: PromptedClip, labelled: Index) -> str:
@@ -129,7 +168,7 @@ def choose(config: Config, clip: PromptedClip, labelled: Index) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m weakclip.cam", description="Make CAMs from image labels by CLIP.")
+    parser = argparse.ArgumentParser(prog="python -m weakclip.cam", description="Make CAMs from image labels.")
     parser.add_argument("--shards", metavar="N|A:B", help="only these shards of cam.data")
     config, options = cli.parse_config(parser, arguments)
     run(config, options.shards)

@@ -19,9 +19,10 @@ from tqdm import tqdm
 from weakclip import cli, labels, masks, scores
 from weakclip.boundary import boundary_counts
 from weakclip.config import Config
-from weakclip.data.shard import DecodedSample
+from weakclip.data.shard import DecodedSample, Index
 from weakclip.data.stream import StoredSamples, cam_maps, open_index, seed_mask, select_shards
 from weakclip.metrics import Counts, Scores, confusion, percent
+from weakclip.scores import Scored
 from weakclip.seeds import cam_to_seed
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -102,15 +103,19 @@ def run_part(config: Config, part: str | None) -> None:
 
     Who finds that all shards are counted adds them up.
     """
-    run = Path(config.run)
     index = open_index(config.data.train, labels.class_names(config.classes), config.data)
+    score_shards(config, index, part, Scored.pseudo(Path(config.run)))
+
+
+def score_shards(config: Config, index: Index, part: str | None, place: Scored) -> None:
+    """Score masks on the shards "A:B" of a set, as `run_part` does."""
     shards = groupby(select_shards(index, part), lambda entry: entry.shard)
     for shard, entries in tqdm([(shard, list(entries)) for shard, entries in shards], "scoring", unit=" shards", disable=None):
-        if scores.counts(run, shard) is None:
+        if place.counts(shard) is None:
             samples = StoredSamples(index, entries, config.data.workers)
-            found = count(samples, lambda sample: masks.read(run / "pseudo", sample.key), len(index.classes))
-            scores.write_counts(run, shard, found)
-    if (whole := scores.add_up(run, index)) is not None:
+            found = count(samples, lambda sample: masks.read(place.masks, sample.key), len(index.classes))
+            place.write_counts(shard, found)
+    if (whole := place.add_up(index)) is not None:
         print(whole.table())
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from weakclip import gradcam
 from weakclip.clip import FrozenClip, tokenize
 from weakclip.config import Config, ConfigError
-from weakclip.data.cams import pack_cam
+from weakclip.data.cams import pack_cam, quarter
 from weakclip.data.shard import Cam, DecodedSample
 
 
@@ -66,11 +66,10 @@ class PromptedClip:
 
     def cam(self, sample: DecodedSample, template: str) -> Cam:
         """The maps of all classes that the image is labelled with, at a quarter of its sides."""
-        H, W = sample.size
         texts_CE = self.texts[template].competing(sample.classes)
-        quarter = -(-H // 4), -(-W // 4)
         options, scale = self.config.cam, self.config.data.scale
-        maps_nhw = gradcam.activation_maps(self.clip, sample.image, texts_CE, len(sample.classes), options, scale, quarter)
+        n, size = len(sample.classes), quarter(sample.size)
+        maps_nhw = gradcam.activation_maps(self.clip, sample.image, texts_CE, n, options, scale, size)
         return pack_cam(dict(zip(sample.classes, maps_nhw, strict=True)), sample.size, sample.key)
 
     def sharpness(self, samples: Iterable[DecodedSample]) -> dict[str, float]:

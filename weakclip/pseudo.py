@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from weakclip import cli, crf, infer, labels, masks
+from weakclip import cli, crf, infer, masks
 from weakclip import weights as stored
 from weakclip.config import Config
-from weakclip.data.shard import DecodedSample
+from weakclip.data.shard import DecodedSample, Entry, Index
 from weakclip.data.stream import StoredSamples, open_index, select_shards
+from weakclip.tasks import Refine, Task
 
 
 def pseudo_mask(predictor: infer.Predictor, sample: DecodedSample, config: Config) -> np.ndarray:
@@ -41,12 +42,17 @@ def write_masks(predictor: infer.Predictor, config: Config, samples: Iterable[De
 
 def run(config: Config, data: str, weights: Path, out: Path, shards: str | None = None) -> Path:
     """The stage: masks of the samples in `shards` of the shard set `data`, into `out`, which is returned."""
-    index = open_index(data, labels.class_names(config.classes), config.data)
-    entries = select_shards(index, shards)
-    masks.claim(out, config, weights)
-    predictor = stored.load_model(config, weights).predictor()
-    write_masks(predictor, config, StoredSamples(index, masks.missing(out, entries), config.data.workers), out)
+    task = Refine(config)
+    index = open_index(data, task.names, config.data)
+    write(task, index, select_shards(index, shards), weights, out)
     return out
+
+
+def write(task: Task, index: Index, entries: Sequence[Entry], weights: Path, out: Path) -> None:
+    """Masks of `entries` of a shard set by a task's network, into `out`; those that are there already are left alone."""
+    masks.claim(out, task.config, weights)
+    predictor = task.load(weights).predictor()
+    write_masks(predictor, task.config, StoredSamples(index, masks.missing(out, entries), task.config.data.workers), out)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from weakclip import masks, scores
+from weakclip import masks
 from weakclip import run as runs
 from weakclip.config import Config, ConfigError
 from weakclip.data import writing
 from weakclip.data.shard import Index
-from weakclip.tasks import TASKS
+from weakclip.scores import Scored
+from weakclip.tasks import TASKS, Retrain
 
 
 class Progress(NamedTuple):
@@ -33,6 +34,10 @@ class Progress(NamedTuple):
         return f"{self.done}/{self.total} {self.unit}"
 
 
+Run = Callable[[Config, "str | None"], None]
+Counted = Callable[[Config, "Index | None"], Progress]
+
+
 @dataclass(frozen=True)
 class Stage:
     name: str
@@ -40,11 +45,13 @@ class Stage:
     """One job of ranks that work together; else an array of tasks, with a slice of the shards each."""
     gpus: bool
     """It has use for them."""
+    data: str
+    """The shard set that it works on: labelled, train or val."""
     overwrites: bool
     """It replaces what it made of other weights; else that must be removed first."""
-    run: Callable[[Config, str | None], None]
+    run: Run
     """Does it, on a config and, in an array, on the shards "A:B". Raises ValueError for what the user can mend."""
-    progress: Callable[[Config, Index | None], Progress]
+    progress: Counted
     """Of a config on its training shards, None before they are built. Raises ConfigError where products of another config are
     in the way."""
 
@@ -106,10 +113,15 @@ def _train_progress(name: str, config: Config, _index: Index | None) -> Progress
     return Progress(max(saved, default=0), task.config.train.steps, "steps")
 
 
-def training(name: str) -> Stage:
+def training(name: str, data: str) -> Stage:
     """The stage of a task."""
     run, progress = partial(_train, name), partial(_train_progress, name)
-    return Stage(name, ranks=True, gpus=True, overwrites=False, run=run, progress=progress)
+    return Stage(name, ranks=True, gpus=True, data=data, overwrites=False, run=run, progress=progress)
+
+
+def making(name: str, data: str, run: Run, progress: Counted, gpus: bool = True, overwrites: bool = False) -> Stage:
+    """A stage that works image by image."""
+    return Stage(name, ranks=False, gpus=gpus, data=data, overwrites=overwrites, run=run, progress=progress)
 
 
 def _pseudo(config: Config, part: str | None) -> None:
@@ -119,14 +131,19 @@ def _pseudo(config: Config, part: str | None) -> None:
 
 
 def _pseudo_progress(config: Config, index: Index | None) -> Progress:
-    folder, weights = _masks(config), best_weights(Path(config.run))
-    earlier = masks.read_about(folder)
+    folder = _masks(config)
+    _refuse_others(folder, config)
+    entries = index.entries if index else ()
+    return Progress(len(entries) - len(masks.missing(folder, entries)), len(entries), "images")
+
+
+def _refuse_others(folder: Path, config: Config) -> None:
+    """Raises ConfigError where masks of other weights than the run's best, or of other options, are in the way."""
+    weights, earlier = best_weights(Path(config.run)), masks.read_about(folder)
     if earlier is not None and (weights is None or earlier != masks.about(config, weights)):
         raise ConfigError(
             f"{folder} holds masks of other weights or options (see {folder}/about.json); remove it or set run anew"
         )
-    entries = index.entries if index else ()
-    return Progress(len(entries) - len(masks.missing(folder, entries)), len(entries), "images")
 
 
 def _evaluate(config: Config, part: str | None) -> None:
@@ -136,12 +153,22 @@ def _evaluate(config: Config, part: str | None) -> None:
 
 
 def _evaluate_progress(config: Config, index: Index | None) -> Progress:
-    if index is None:
-        return Progress(0, 0, "shards")
-    run, shards = Path(config.run), [shard.name for shard in index.shards if shard.samples]
-    counted = sum(scores.counts(run, shard) is not None for shard in shards)
-    added_up = counted == len(shards) and scores.are_whole(run)
-    return Progress(min(counted, len(shards) if added_up else len(shards) - 1), len(shards), "shards")
+    return Progress(*(Scored.pseudo(Path(config.run)).done(index) if index else (0, 0)), "shards")
+
+
+def _test(config: Config, part: str | None) -> None:
+    from weakclip import test
+
+    test.run(config, part)
+
+
+def _test_progress(config: Config, _index: Index | None) -> Progress:
+    task = Retrain(config)
+    if config.data.val is None:
+        raise ConfigError("data.val is null: it names the shard set that the retrained network is tested on")
+    place = Scored.predicted(task.run, "val")
+    _refuse_others(place.masks, task.config)
+    return Progress(*place.done(Index.load(config.data.val, config.data)), "shards")
 
 
 def _masks(config: Config) -> Path:
@@ -151,11 +178,14 @@ def _masks(config: Config) -> Path:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("shards", ranks=False, gpus=False, overwrites=False, run=_shards, progress=_shards_progress),
-        Stage("cam", ranks=False, gpus=True, overwrites=False, run=_cam, progress=_cam_progress),
-        training("train"),
-        Stage("pseudo", ranks=False, gpus=True, overwrites=False, run=_pseudo, progress=_pseudo_progress),
-        Stage("evaluate", ranks=False, gpus=False, overwrites=True, run=_evaluate, progress=_evaluate_progress),
+        making("shards", "labelled", _shards, _shards_progress, gpus=False),
+        training("classify", "labelled"),
+        making("cam", "labelled", _cam, _cam_progress),
+        training("train", "train"),
+        making("pseudo", "train", _pseudo, _pseudo_progress),
+        training("retrain", "train"),
+        making("test", "val", _test, _test_progress),
+        making("evaluate", "train", _evaluate, _evaluate_progress, gpus=False, overwrites=True),
     )
 }
 """In the order of the chain: each needs all before it."""
@@ -167,7 +197,13 @@ MAKERS = ("shards", "cam")
 
 def chain(config: Config) -> list[Stage]:
     """All stages that a config has: shards and CAMs that are there already need not be made."""
-    absent = {"shards": not config.data.build, "cam": config.cam.data is None}
+    absent = {
+        "shards": not config.data.build,
+        "classify": config.cam.data is None or config.cam.source != "mctformer",
+        "cam": config.cam.data is None,
+        "retrain": config.retrain.network is None,
+        "test": config.retrain.network is None or config.data.val is None,
+    }
     return [stage for stage in STAGES.values() if not absent.get(stage.name)]
 
 

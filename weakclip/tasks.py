@@ -169,8 +169,10 @@ class Classify(Task):
 
     def columns(self, model: Trained, sample: DecodedSample) -> list[np.ndarray]:
         from weakclip import pictures
+        from weakclip.data.stream import cam_maps
 
-        return [pictures.heat(sample.image, model.activation_maps(sample, self.config))]  # type: ignore[attr-defined]
+        maps_nHW = cam_maps(replace(sample, cam=model.cam(sample, self.config)))  # type: ignore[operator]
+        return [pictures.heat(sample.image, maps_nHW)]
 
 
 def _prediction(config: Config, model: Any, sample: DecodedSample) -> np.ndarray:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weakclip import evaluate, masks, scores
+from weakclip import evaluate, masks
 from weakclip.data.shard import Index
 from weakclip.data.stream import StoredSamples
+from weakclip.scores import Scored
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def images(make_shards, tmp_path_factory) -> list:
 
 
 def whole(run: Path) -> dict:
-    return json.loads((run / scores.WHOLE).read_text())
+    return json.loads(Scored.pseudo(run).whole.read_text())
 
 
 @pytest.mark.parametrize("parts", [[None], ["0:1", "1:3"], ["2:3", "0:1", "1:2"], ["0:3", "0:3"]], ids=str)
@@ -46,7 +47,7 @@ def test_parts_add_up_to_the_whole(judged, parts):
     config, index = judged
     run = Path(config.run)
     for number, part in enumerate(parts):
-        assert number == 0 or part == "0:3" or not (run / scores.WHOLE).exists()
+        assert number == 0 or part == "0:3" or not Scored.pseudo(run).whole.exists()
         evaluate.run_part(config, part)
     at_once = evaluate.run(config, "masks", str(index.root), None, run / "pseudo")
     assert whole(run) == {**at_once.as_dict(), "masks": masks.read_about(run / "pseudo")}
@@ -76,11 +77,11 @@ def test_counts_of_an_earlier_version_are_counted_anew(judged):
     now = whole(run)
     earlier = run / "scores" / f"{index.shards[0].name}.json"
     earlier.write_text(json.dumps({key: value for key, value in json.loads(earlier.read_text()).items() if key != "boundary"}))
-    assert [scores.counts(run, shard.name) is None for shard in index.shards] == [True, False, False]
-    (run / scores.WHOLE).write_text(json.dumps({key: now[key] for key in ("miou", "iou", "masks")}))
-    assert not scores.are_whole(run) and scores.add_up(run, index) is None
+    assert [Scored.pseudo(run).counts(shard.name) is None for shard in index.shards] == [True, False, False]
+    Scored.pseudo(run).whole.write_text(json.dumps({key: now[key] for key in ("miou", "iou", "masks")}))
+    assert Scored.pseudo(run).done(index) == (2, 3) and Scored.pseudo(run).add_up(index) is None
     evaluate.run_part(config, None)
-    assert scores.are_whole(run) and whole(run) == now
+    assert Scored.pseudo(run).done(index) == (3, 3) and whole(run) == now
 
 
 def test_a_shard_that_is_counted_is_not_read_again(judged):
@@ -97,7 +98,7 @@ def test_counts_of_other_masks_are_counted_anew(judged, tmp_path):
     evaluate.run_part(config, None)
     before = whole(run)
     (run / "pseudo" / "about.json").write_text('{"weights": "others"}')
-    assert all(scores.counts(run, shard.name) is None for shard in index.shards) and scores.add_up(run, index) is None
+    assert all(Scored.pseudo(run).counts(shard.name) is None for shard in index.shards) and Scored.pseudo(run).add_up(index) is None
     for entry in index.entries:
         masks.save(np.zeros((48, 64), np.uint8), run / "pseudo" / f"{entry.key}.png")
     evaluate.run_part(config, None)

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from weakclip import config as configs
-from weakclip import masks, scores
+from weakclip import masks
 from weakclip.config import ConfigError
 from weakclip.data.shard import Index
 from weakclip.metrics import Counts
 from weakclip.stages import STAGES, chain, is_made
+from weakclip.scores import Scored
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_scores_are_counted_by_shards(begun):
     assert str(STAGES["evaluate"].progress(config, index)) == "0/3 shards"
     (run / "weights" / "last.safetensors").write_bytes(b"1")
     masks.claim(run / "pseudo", config, run / "weights" / "last.safetensors")
-    scores.write_counts(run, "shard-00001.tar", Counts.zero(4))
+    Scored.pseudo(run).write_counts("shard-00001.tar", Counts.zero(4))
     assert str(STAGES["evaluate"].progress(config, index)) == "1/3 shards"
 
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from launch import journal, submit
 from launch.journal import Entry
 from launch.resources import Resources
-from weakclip import cli, lock, masks, scores
+from weakclip import cli, lock, masks
 from weakclip.config import ConfigError, load, save
 from weakclip.data.shard import Index
 from weakclip.metrics import Counts
+from weakclip.scores import Scored
 
 SHARDS = 20
 FEW = settings(max_examples=60, deadline=None)
@@ -99,8 +100,8 @@ def complete(config, run: Path, *stages: str) -> None:
     if "evaluate" in stages:
         index = Index.load(config.data.train)
         for shard in index.shards:
-            scores.write_counts(run, shard.name, Counts.zero(len(index.classes)))
-        scores.add_up(run, index)
+            Scored.pseudo(run).write_counts(shard.name, Counts.zero(len(index.classes)))
+        Scored.pseudo(run).add_up(index)
 
 
 # ----------------------------------------------------------------------------------------------------------------- dry run

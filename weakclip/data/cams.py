@@ -47,6 +47,11 @@ def read_cam(file: Path, size_HW: tuple[int, int], labels: Sequence[int], cam_ke
     return pack_cam(maps, size_HW, str(file))
 
 
+def quarter(size: tuple[int, int]) -> tuple[int, int]:
+    """Sides of a CAM of an image of this size, H, W: the least that a shard may have."""
+    return -(-size[0] // 4), -(-size[1] // 4)
+
+
 def pack_cam(maps: Mapping[int, Any], size_HW: tuple[int, int], where: str) -> Cam:
     """The maps [h, w] by class index as they are stored, for an image of size (H, W). What becomes of them: see `read_cam`.
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weakclip.data.transforms import Normalisation
+from weakclip.config import Config
+from weakclip.data.cams import pack_cam, quarter
+from weakclip.data.shard import Cam, DecodedSample
+from weakclip.data.transforms import IMAGENET, Normalisation
 from weakclip.decoder import resize
 from weakclip.infer import Predictor
 from weakclip.labels import IGNORE
@@ -48,8 +51,7 @@ class Classification(Trained):
 
     def __init__(self, network: mctformer.MCTformer, precision: str) -> None:
         super().__init__()
-        self.network, self.precision = network, precision
-        self.normalisation = network.normalisation
+        self.network, self.precision, self.normalisation = network, precision, IMAGENET
 
     def forward(self, images_B3HW: Tensor) -> mctformer.Scores:
         with autocast(self.precision, images_B3HW.device):
@@ -57,3 +59,19 @@ class Classification(Trained):
 
     def losses(self, scores: mctformer.Scores, targets: Targets) -> dict[str, Tensor]:
         return mctformer.losses(scores, targets.labels_BK[:, 1:].float())
+
+    def cam(self, sample: DecodedSample, config: Config) -> Cam:
+        """The maps of all classes that the image is labelled with, at a quarter of its sides."""
+        options = config.cam
+        maps_nhw = mctformer.activation_maps(
+            self.network,
+            sample.image,
+            sample.classes,
+            scales=options.scales,
+            flip=options.flip,
+            attention_blocks=options.attention_blocks,
+            affinity_steps=options.affinity_steps,
+            scale=config.data.scale,
+            size=quarter(sample.size),
+        )
+        return pack_cam(dict(zip(sample.classes, maps_nhw, strict=True)), sample.size, sample.key)
