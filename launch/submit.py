@@ -78,7 +78,6 @@ def make_plans(config: Config, options: argparse.Namespace) -> list[Plan]:
     ready = all(progress.complete for progress in made.values())
     index = _index(config) if ready and any(stage.data == "train" for stage in stages) else None
 
-
     def shards(stage: Stage) -> int:
         """Of the set that the stage works on, be it still to be made: all that stages make have as many."""
         if stage.data == "val":

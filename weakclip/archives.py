@@ -29,7 +29,7 @@ class Archive(NamedTuple):
     tensors: dict[str, Tensor]
     """The flat state dict, on the CPU, in the file's dtypes."""
     meta: dict[str, Any]
-    """safetensors' metadata (strings), the `meta` beside a checkpoint's `state_dict` (what torch takes for plain), or {}."""
+    """safetensors' metadata (strings), the `meta` beside a checkpoint's state dict (what torch takes for plain), or {}."""
 
 
 def json_of(archive: Archive, key: str, path: Path) -> Any:
@@ -47,8 +47,7 @@ _SLACK = 2**26
 def read(path: Path) -> Archive:
     """The weights in a safetensors file, a zip of torch.save (torch 1.6 or newer) or a TorchScript archive.
 
-    A checkpoint's `state_dict` (or `model`, as DeiT's is called) is taken out of it, and "module." off its names where all
-    have it. Raises ArchiveError.
+    A checkpoint's `state_dict` or `model` is taken out of it, and "module." off its names where all have it. Raises ArchiveError.
     """
     try:
         archive, limit = _read(path), path.stat().st_size + _SLACK
@@ -129,9 +128,8 @@ def _checkpoint(content: Any) -> Archive:
     if not isinstance(content, dict):
         raise ArchiveError(f"holds a {type(content).__name__}, no state dict")
     state, meta = content, None
-    for name in ("model", "state_dict"):
-        if isinstance(content.get(name), dict):
-            state, meta = content[name], content.get("meta")
+    if key := next((key for key in ("state_dict", "model") if isinstance(content.get(key), dict)), None):
+        state, meta = content[key], content.get("meta")
     if not all(isinstance(name, str) for name in state):
         raise ArchiveError("holds a dict whose keys are no names, no state dict")
     if odd := [repr(name[:50]) for name, value in state.items() if not _is_plain(value)]:

@@ -355,6 +355,10 @@ class ClassifyConfig:
         _require(0 <= self.drop_path < 1, "classify.drop_path must lie in 0..1")
 
 
+NETWORKS = ("resnet38", "segmenter", "segformer")
+"""That can be trained on pseudo masks."""
+
+
 @dataclass
 class RetrainConfig:
     """An ordinary segmentation network, trained on the pseudo masks in RUN/retrain/NETWORK and tested on `data.val`."""
@@ -372,8 +376,7 @@ class RetrainConfig:
     """How `data.val` is segmented: scales, mirror images, windows, CRF."""
 
     def __post_init__(self) -> None:
-        networks = ("resnet38", "segmenter", "segformer")
-        _require(self.network is None or self.network in networks, f"retrain.network must be one of {', '.join(networks)}")
+        _require(self.network is None or self.network in NETWORKS, f"retrain.network must be one of {', '.join(NETWORKS)}")
         _require(not self.test.restrict_to_labels, "retrain.test.restrict_to_labels: a test image has no labels")
 
 

@@ -52,7 +52,7 @@ class Scored:
         write_whole(self.folder / f"{shard}.json", json.dumps({"masks": masks.read_about(self.masks), **counted}) + "\n")
 
     def add_up(self, index: Index) -> Scores | None:
-        """The scores of the whole set, written; None while a shard is missing. Several jobs may come to it, and write the same."""
+        """The scores of the whole set, written; None while a shard is missing. Several jobs may write the same."""
         found = [self.counts(shard.name) for shard in index.shards if shard.samples]
         counted = [part for part in found if part is not None]
         if len(counted) < len(found):

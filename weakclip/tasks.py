@@ -36,8 +36,8 @@ class Task(ABC):
         return Path(self.config.run)
 
     @abstractmethod
-    def build(self) -> Trained:
-        """The network as training begins with it."""
+    def build(self, pretrained: bool) -> Trained:
+        """The network, random; or as training begins with it, with the weights of the recipe's `pretrained`."""
 
     @abstractmethod
     def target(self, sample: OpenSample) -> np.ndarray:
@@ -58,7 +58,7 @@ class Task(ABC):
         """
         from weakclip import weights
 
-        return weights.load_into(self.build(), path)
+        return weights.load_into(self.build(pretrained=False), path)
 
 
 class Refine(Task):
@@ -66,7 +66,7 @@ class Refine(Task):
 
     fixed = ("seed", "classes", "seeds", "augment", "clip", "prompts", "adapter", "matching", "decoder", "loss", "demo")
 
-    def build(self) -> Trained:
+    def build(self, pretrained: bool) -> Trained:
         from weakclip.model import WeakCLIP
 
         return WeakCLIP(self.config, self.names)
@@ -104,12 +104,14 @@ class Retrain(Task):
         super().__init__(replace(config, run=run, augment=ours.augment, optim=ours.optim, train=ours.train, pseudo=ours.test))
         self.masks = Path(parent) / "pseudo"
 
-    def build(self) -> Trained:
+    def build(self, pretrained: bool) -> Trained:
         from weakclip.networks import build
         from weakclip.networks.training import Segmentation
 
         config = self.config
-        network = build(str(config.retrain.network), len(self.names), config.retrain.backbone, config.retrain.pretrained)
+        network = build(config.retrain, len(self.names))
+        if pretrained and config.retrain.pretrained is not None:
+            network.load_pretrained(Path(config.retrain.pretrained))
         return Segmentation(network, len(self.names), config.optim.head_lr, config.precision)
 
     def target(self, sample: OpenSample) -> np.ndarray:
@@ -154,13 +156,13 @@ class Classify(Task):
             )
         )
 
-    def build(self) -> Trained:
+    def build(self, pretrained: bool) -> Trained:
         from weakclip.networks.mctformer import MCTformer
         from weakclip.networks.training import Classification
 
         ours = self.config.classify
         network = MCTformer(len(self.names), ours.backbone, self.config.augment.crop, ours.drop_path)
-        if ours.pretrained is not None:
+        if pretrained and ours.pretrained is not None:
             network.load_pretrained(Path(ours.pretrained))
         return Classification(network, self.config.precision)
 

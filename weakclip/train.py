@@ -47,7 +47,7 @@ def _train(task: Task, world: World, resume: bool) -> Path:
     run = _claim(task, world, resume, (index, *mixed))
     torch.manual_seed(config.seed)
     latest = runs.checkpoints(run)[-1:] if resume else []
-    engine = Engine(task.build(), config, world, *latest)
+    engine = Engine(task.build(pretrained=True), config, world, *latest)
     monitor = Monitor(run, config, engine)
     interruption = Interruption()
     # Closing ends the loader's processes at once, not when Python comes to it.

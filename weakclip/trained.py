@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from weakclip.data.transforms import Normalisation
+from weakclip.infer import Predictor
 
 
 class Targets(NamedTuple):
@@ -43,6 +44,10 @@ class Trained(nn.Module, ABC):
     def twin(self) -> Trained:
         """A copy that shares what is frozen."""
         return copy.deepcopy(self)
+
+    def predictor(self) -> Predictor:
+        """For inference, of networks that segment; see weakclip.infer."""
+        raise NotImplementedError(f"{type(self).__name__} does not segment")
 
     @abstractmethod
     def losses(self, output: Any, targets: Targets) -> dict[str, Tensor]:

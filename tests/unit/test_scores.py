@@ -98,7 +98,8 @@ def test_counts_of_other_masks_are_counted_anew(judged, tmp_path):
     evaluate.run_part(config, None)
     before = whole(run)
     (run / "pseudo" / "about.json").write_text('{"weights": "others"}')
-    assert all(Scored.pseudo(run).counts(shard.name) is None for shard in index.shards) and Scored.pseudo(run).add_up(index) is None
+    place = Scored.pseudo(run)
+    assert all(place.counts(shard.name) is None for shard in index.shards) and place.add_up(index) is None
     for entry in index.entries:
         masks.save(np.zeros((48, 64), np.uint8), run / "pseudo" / f"{entry.key}.png")
     evaluate.run_part(config, None)

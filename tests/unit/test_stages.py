@@ -18,8 +18,8 @@ from weakclip import masks
 from weakclip.config import ConfigError
 from weakclip.data.shard import Index
 from weakclip.metrics import Counts
-from weakclip.stages import STAGES, chain, is_made
 from weakclip.scores import Scored
+from weakclip.stages import STAGES, chain, is_made
 
 
 @pytest.fixture

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from weakclip.config import Config
 from weakclip.data.cams import pack_cam, quarter
 from weakclip.data.shard import Cam, DecodedSample
-from weakclip.data.transforms import IMAGENET, Normalisation
+from weakclip.data.transforms import IMAGENET
 from weakclip.decoder import resize
 from weakclip.infer import Predictor
 from weakclip.labels import IGNORE
 from weakclip.networks import mctformer
+from weakclip.networks.base import Network
 from weakclip.precision import autocast
 from weakclip.trained import Group, Targets, Trained
 
@@ -20,10 +21,10 @@ from weakclip.trained import Group, Targets, Trained
 class Segmentation(Trained):
     """A network of weakclip.networks in supervised training: cross-entropy at the image's size."""
 
-    def __init__(self, network: nn.Module, num_classes: int, head_lr: float, precision: str) -> None:
+    def __init__(self, network: Network, num_classes: int, head_lr: float, precision: str) -> None:
         super().__init__()
         self.network, self.num_classes, self.head_lr, self.precision = network, num_classes, head_lr, precision
-        self.normalisation: Normalisation = network.normalisation  # type: ignore[assignment]
+        self.normalisation = network.normalisation
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Normalised images -> logits, B x K x h x w."""
@@ -36,14 +37,14 @@ class Segmentation(Trained):
         return {"segmentation": total / (targets.seeds_BHW != IGNORE).sum().clamp(min=1)}
 
     def groups(self) -> list[Group]:
-        head = self.network.head_parameters()  # type: ignore[operator]
+        head = self.network.head_parameters()
         apart = {id(parameter) for parameter in head}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
         return [Group(rest, 1.0), Group(head, self.head_lr)]
 
     def predictor(self) -> Predictor:
         device = next(self.parameters()).device
-        return Predictor(self, self.num_classes, self.normalisation, self.network.least_side, device)  # type: ignore[arg-type]
+        return Predictor(self, self.num_classes, self.normalisation, self.network.least_side, device)
 
 
 class Classification(Trained):
