@@ -99,7 +99,7 @@ def test_empty_maps_are_counted_by_class(labelled):
     load = cam.WithCam(labelled, of_cats_alone)
     for entry in labelled.entries:
         load(entry)
-    assert load.warnings()[1] == "warning: 6 maps are empty, CLIP finds nothing of the class: dog 3, cow 3"
+    assert load.warnings()[1] == "warning: 6 maps are empty, nothing was found of the class: dog 3, cow 3"
 
 
 @pytest.mark.parametrize("background", ["[boat, bus]", "[]"])

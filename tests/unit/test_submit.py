@@ -135,7 +135,7 @@ def test_an_array_that_makes_cams_has_a_part_for_each_shard_of_the_labelled_set(
     said = capsys.readouterr().out
     stages = [line.removeprefix("# ---- ") for line in said.splitlines() if line.startswith("# ----")]
     assert stages[:3] == ["cam: an array of 7 tasks", "train: one job", "pseudo: an array of 7 tasks"]
-    assert "--array-size 21: data.train has 20 shards" in refused(capsys, command("cam", "--array-size", "21", *labelled))
+    assert "--array-size 21: there are 20 shards" in refused(capsys, command("cam", "--array-size", "21", *labelled))
 
 
 @pytest.mark.parametrize(
@@ -193,8 +193,8 @@ def test_an_unknown_stage_is_refused(command, capsys):
         ("train", ["--nodes", "0"], "command line: nodes must be 1 or more"),
         ("train", ["--time", "soon"], "command line: time: 'soon' is no time of Slurm's"),
         ("train", ["--defaults", "none.yaml"], "none.yaml: no such file of cluster defaults; configs/cluster/ has examples"),
-        ("pseudo", ["--array-size", "21"], "--array-size 21: data.train has 20 shards, of which each task takes at least one"),
-        ("all", ["--array-size", "21"], "--array-size 21: data.train has 20 shards"),
+        ("pseudo", ["--array-size", "21"], "--array-size 21: there are 20 shards, of which each task takes at least one"),
+        ("all", ["--array-size", "21"], "--array-size 21: there are 20 shards"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_submitted(command, capsys, run, tmp_path, stage, more, message):
