@@ -169,7 +169,7 @@ def test_more_tasks_than_shards_are_refused_where_they_were_asked_for(shards, as
     if asked <= shards:
         assert len(submit.slices(shards, resources, asked)) == asked
     else:
-        with pytest.raises(ConfigError, match=f"--array-size {asked}: data.train has {shards} shards, of which each"):
+        with pytest.raises(ConfigError, match=f"--array-size {asked}: there are {shards} shards, of which each"):
             submit.slices(shards, resources, asked)
 
 
