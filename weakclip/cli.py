@@ -1,4 +1,4 @@
-"""What every command line shares: `--config FILE [--task INDEX] key=value ...`, and one clear line for a user's mistake."""
+"""What every command line shares: `--config FILE ... [--task INDEX] key=value ...`, and one clear line for a user's mistake."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ from weakclip.sweep import Sweep, is_sweep
 
 
 def parse_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[configs.Config, argparse.Namespace]:
-    """The config that `--config FILE`, `--task INDEX` and `key=value` arguments make, and the parser's other arguments.
+    """The config that `--config FILE` (once or more), `--task INDEX` and `key=value` arguments make, and the parser's other arguments.
 
     Raises ConfigError for a mistake in any of them.
     """
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML recipe, such as configs/voc.yaml, or sweep")
+    recipe = "YAML recipe, such as configs/voc.yaml, or sweep; given again: what changes it, such as configs/retrain/segformer.yaml"
+    parser.add_argument("--config", required=True, action="append", metavar="FILE", help=recipe)
     parser.add_argument("--task", type=int, metavar="INDEX", help="which task of a sweep (default: SLURM_ARRAY_TASK_ID)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as train.batch=4")
     options = parser.parse_intermixed_args(list(arguments))
-    if is_sweep(options.config):
-        return Sweep.read(options.config).config(options.task, options.overrides), options
+    if is_sweep(options.config[0]):
+        sweep, *others = options.config
+        if others:
+            raise configs.ConfigError(f"--config {others[0]}: {sweep} is a sweep, whose recipe is in it")
+        return Sweep.read(sweep).config(options.task, options.overrides), options
     config = configs.load(options.config, options.overrides)
     if options.task is not None:
-        raise configs.ConfigError(f"--task {options.task}: {options.config} is no sweep, such as configs/sweeps/prompts.yaml")
+        raise configs.ConfigError(f"--task {options.task}: {options.config[0]} is no sweep, such as configs/sweeps/prompts.yaml")
     return config, options
 
 

@@ -437,24 +437,25 @@ class Config:
         return self.data.train if self.cam.data is None else self.cam.data
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in the YAML file `path`, changed by `overrides` such as "train.batch=4".
+def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """The config in the YAML file `path`, or in several of which each changes those before, then in `overrides` ("train.batch=4").
 
     Raises ConfigError on a missing file, an unknown key (naming the nearest), a wrong type or a value out of range.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config file")
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
     for text in overrides:
         _require("=" in text and not text.startswith("-"), f"{text!r}: an override is written key.sub=value")
     merged = OmegaConf.structured(Config)
-    merged = _merge(merged, lambda: OmegaConf.load(path), str(path))
+    for each in paths:
+        if not each.is_file():
+            raise ConfigError(f"{each}: no such config file")
+        merged = _merge(merged, lambda each=each: OmegaConf.load(each), str(each))  # type: ignore[misc]
     for text in overrides:
         merged = _merge(merged, lambda text=text: OmegaConf.from_dotlist([text]), text)  # type: ignore[misc]
     try:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except (OmegaConfBaseException, ConfigError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{', '.join(map(str, paths))}: {str(error).splitlines()[0]}") from error
 
 
 def save(config: Config, path: Path) -> None:

@@ -28,8 +28,11 @@ def moments(engine: Any) -> dict[str, Tensor]:
     }
 
 
-def set_moments(engine: Any, tensors: Mapping[str, Tensor], step: int) -> None:
-    """Give a fresh engine the moments that `moments` returned, as after `step` steps. Every rank must call it."""
+def set_moments(engine: Any, tensors: Mapping[str, Tensor] | None, step: int) -> None:
+    """Give a fresh engine the moments that `moments` returned, as after `step` steps; None: zeros. Every rank must call it.
+
+    Zeros matter as well: left to itself, ZeRO links parameters to moments as soon as the first of several groups has any.
+    """
     stage, optimizer = engine.zero_optimization_stage(), _optimizer(engine)
     names = MOMENTS[type(optimizer)]
     # What the optimiser steps on: the parameters themselves, or ZeRO's flat parts of them, which stage 3 shows it in steps alone.
@@ -39,6 +42,8 @@ def set_moments(engine: Any, tensors: Mapping[str, Tensor], step: int) -> None:
         optimizer.state[part] = {"step": torch.tensor(float(step)), **{name: torch.zeros_like(part) for name in names}}
     if stage in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()  # which DeepSpeed does in its first step
+    if tensors is None:
+        return
     for name, parameter in _trained(engine):
         for moment in names:
             value = tensors[f"{moment}/{name}"].to(engine.device)

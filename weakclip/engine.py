@@ -101,8 +101,7 @@ class Engine:
             ),
             config=deepspeed_settings(config),
         )
-        if moments is not None:
-            elastic.set_moments(self._engine, moments, self.step)
+        elastic.set_moments(self._engine, moments, self.step)
 
     def _load(self, model: Trained, path: Path) -> dict[str, Tensor]:
         """Take the model's weights, the step and the samples consumed from a checkpoint; returns the optimiser's moments."""

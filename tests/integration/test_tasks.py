@@ -1,0 +1,123 @@
+"""What is trained beside WeakCLIP: the classifier whose activations are CAMs, and the network on the pseudo masks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.integration.conftest import metrics
+from weakclip import cam, masks, test
+from weakclip import config as configs
+from weakclip.data.shard import Index, decode_sample, read_entry
+from weakclip.tasks import Classify, Retrain
+
+RETRAIN = (
+    "retrain.network=segformer",
+    "retrain.backbone=b0",
+    "retrain.augment.crop=64",
+    "retrain.train.batch=2",
+    "retrain.train.log_every=1",
+    "retrain.optim.warmup=2",
+    "retrain.optim.lr=1e-3",
+    "retrain.optim.min_lr=1e-3",
+    "retrain.optim.head_lr=3",
+)
+TESTED = ("retrain.test.scales=[1.0]", "retrain.test.window=64", "retrain.test.stride=42")
+
+
+@pytest.fixture(scope="module")
+def shards(make_shards, tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("shards") / "set", count=5, per_shard=2)
+
+
+@pytest.fixture
+def begun(shards, tiny_config, tmp_path):
+    """A config to retrain on, and the run's pseudo masks: class 1 on the left."""
+    config = tiny_config(f"data.train={shards.root}", f"data.val={shards.root}", *RETRAIN, *TESTED)
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"1")
+    masks.claim(Path(config.run) / "pseudo", config, weights)
+    for entry in shards.entries:
+        mask_HW = np.zeros((48, 64), np.uint8)
+        mask_HW[:, :20] = 1
+        masks.save(mask_HW, Path(config.run) / "pseudo" / f"{entry.key}.png")
+    return config
+
+
+@pytest.fixture
+def train(launch, tiny_recipe, shards, tmp_path):
+    def run(ranks, stage, *arguments, folder=tmp_path / "run", fails=False):
+        options = (f"run={folder}", f"data.train={shards.root}", f"data.val={shards.root}")
+        options = {text.split("=")[0]: text for text in (*options, *arguments)}.values()  # the last of a key counts
+        return launch(ranks, "weakclip.train", "--stage", stage, "--config", tiny_recipe, *options, fails=fails)
+
+    return run
+
+
+def test_a_retraining_that_was_broken_off_goes_on_under_another_zero_stage(train, begun, tmp_path):
+    def retrain(folder, stage, steps):
+        deepspeed = f"retrain.train.deepspeed=configs/deepspeed/zero{stage}.json"
+        options = (deepspeed, f"retrain.train.steps={steps}", "retrain.optim.optimizer=sgd", "--resume=auto")
+        train(2, "retrain", *RETRAIN, *options, folder=folder)
+
+    shutil.copytree(begun.run, tmp_path / "broken")
+    retrain(begun.run, stage=0, steps=4)
+    retrain(tmp_path / "broken", stage=2, steps=2)
+    retrain(tmp_path / "broken", stage=3, steps=4)
+    whole, broken = Path(begun.run) / "retrain/segformer", tmp_path / "broken/retrain/segformer"
+    assert metrics(broken) == pytest.approx(metrics(whole), abs=1e-4)
+    assert len(metrics(whole)) == 4 and (whole / "best.json").is_file()
+    theirs = load_file(whole / "weights/last.safetensors")
+    for name, tensor in load_file(broken / "weights/last.safetensors").items():
+        np.testing.assert_allclose(tensor, theirs[name], atol=1e-4, err_msg=name)
+
+
+def test_a_retrained_network_is_tested_in_parts(train, begun, capsys, tmp_path):
+    train(0, "retrain", *RETRAIN, "retrain.train.steps=1")
+    for part in ("2:3", "0:2"):
+        test.run(begun, part)
+    run = Retrain(begun).run
+    assert len(list((run / "masks-val").glob("*.png"))) == 5 and "mean " in capsys.readouterr().out
+    configs.save(begun, tmp_path / "recipe.yaml")
+    parts = (run / "scores-val.json").read_bytes()
+    test.main(["--config", str(tmp_path / "recipe.yaml"), "--archive", str(tmp_path / "comp6.tar")])
+    assert (run / "scores-val.json").read_bytes() == parts
+    shutil.unpack_archive(tmp_path / "comp6.tar", tmp_path / "archive", filter="data")
+    unpacked = tmp_path / "archive/results/VOC2012/Segmentation/comp6_test_cls"
+    for path in (run / "masks-val").glob("*.png"):
+        assert (unpacked / path.name).read_bytes() == path.read_bytes()
+
+
+CLASSIFY = (
+    "cam.source=mctformer",
+    "cam.attention_blocks=3",
+    "cam.affinity_steps=1",
+    "cam.flip=true",
+    "classify.backbone=deit_tiny_patch16_224",
+    "classify.augment.crop=64",
+    "classify.train.batch=2",
+    "classify.train.steps=3",
+)
+
+
+def test_mctformer_learns_from_labels_and_makes_the_cams(train, tiny_config, shards, tmp_path):
+    where = (f"cam.data={shards.root}", f"data.train={tmp_path}/cams", "data.val=null")
+    config = tiny_config(*where, *CLASSIFY)
+    train(2, "classify", *where, *CLASSIFY)
+    run = Classify(config).run
+    assert run == tmp_path / "run/classify" and set(metrics(run, "loss/patch")) == {3}
+    for part in ("0:1", "1:3"):
+        cam.run(config, part)
+    index = Index.load(tmp_path / "cams")
+    for entry in index.entries:
+        sample = decode_sample(read_entry(index, entry), entry, len(index.classes))
+        assert sample.cam is not None and sample.cam.classes == sample.classes and sample.cam.maps_nhw.max() == 255
+    assert cam.written(config, shards) == 3
+    for path in (run / "weights").iterdir():
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(configs.ConfigError, match="cams is of another cam"):
+        cam.written(config, shards)
