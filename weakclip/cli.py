@@ -12,11 +12,11 @@ from weakclip.sweep import Sweep, is_sweep
 
 
 def parse_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[configs.Config, argparse.Namespace]:
-    """The config that `--config FILE` (once or more), `--task INDEX` and `key=value` arguments make, and the parser's other arguments.
+    """The config that `--config FILE` (once or more), `--task INDEX` and `key=value` make, and the parser's other arguments.
 
     Raises ConfigError for a mistake in any of them.
     """
-    recipe = "YAML recipe, such as configs/voc.yaml, or sweep; given again: what changes it, such as configs/retrain/segformer.yaml"
+    recipe = "YAML recipe, such as configs/voc.yaml, or sweep; again: what changes it, such as configs/retrain/segformer.yaml"
     parser.add_argument("--config", required=True, action="append", metavar="FILE", help=recipe)
     parser.add_argument("--task", type=int, metavar="INDEX", help="which task of a sweep (default: SLURM_ARRAY_TASK_ID)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as train.batch=4")

@@ -438,7 +438,7 @@ class Config:
 
 
 def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
-    """The config in the YAML file `path`, or in several of which each changes those before, then in `overrides` ("train.batch=4").
+    """The config in the YAML file `path`, or in several, each of which changes those before, and in `overrides` ("seed=1").
 
     Raises ConfigError on a missing file, an unknown key (naming the nearest), a wrong type or a value out of range.
     """

@@ -1,4 +1,4 @@
-"""Real COCO files, end to end: shards -> training on two ranks -> pseudo masks -> scores. The CAMs are simulated."""
+"""Real COCO pictures, from their labels to a retrained network: every stage, as launch/submit.py runs it."""
 
 from __future__ import annotations
 
@@ -11,44 +11,99 @@ import pytest
 from PIL import Image
 
 from tests.integration.conftest import ENVIRONMENT, REPO, metrics
-from tests.simulated_cams import write
 from weakclip.data.shard import Index
+from weakclip.data.stream import StoredSamples
 
-RECIPE = "configs/coco_mini.yaml"
+SMALL = (
+    "data.workers=0",
+    "data.scale=[512,128]",
+    "augment.crop=128",
+    "optim.warmup=2",
+    "train.steps=20",
+    "train.log_every=5",
+    "train.batch=4",
+    "train.pictures=0",
+    "pseudo.scales=[1.0]",
+    "pseudo.flip=false",
+    "retrain.network=segformer",
+    "retrain.backbone=b0",
+    "retrain.augment.crop=128",
+    "retrain.optim.lr=1e-3",
+    "retrain.optim.warmup=2",
+    "retrain.train.steps=6",
+    "retrain.train.batch=2",
+    "retrain.train.log_every=1",
+    "retrain.train.pictures=0",
+    "retrain.train.validate_images=4",
+    "retrain.train.deepspeed=configs/deepspeed/zero1.json",
+    "retrain.test.scales=[1.0]",
+    "retrain.test.flip=false",
+    "retrain.test.window=240",
+    "retrain.test.stride=160",
+    "retrain.test.crf=null",
+)
 
 
 def script(*arguments):
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, cwd=REPO, timeout=600
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, cwd=REPO, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done
+
+
+def some(coco_mini, split, count, folder):
+    """Options of shards/build.py for the first images of a split."""
+    found = json.loads((coco_mini / "annotations" / f"instances_{split}.json").read_text())
+    found["images"] = sorted(found["images"], key=lambda image: image["id"])[:count]
+    ids = {image["id"] for image in found["images"]}
+    found["annotations"] = [annotation for annotation in found["annotations"] if annotation["image_id"] in ids]
+    (folder / split).mkdir()
+    for image in found["images"]:
+        (folder / split / image["file_name"]).symlink_to(coco_mini / split / image["file_name"])
+    annotations = folder / f"{split}.json"
+    annotations.write_text(json.dumps(found))
+    options = ("--images", folder / split, "--annotations", annotations, "--masks", "--processes", 2)
+    return ("coco", *options, "--samples-per-shard", -(-count // 2))
 
 
 @pytest.fixture(scope="module")
-def shards(coco_mini, tmp_path_factory):
+def finished(coco_mini, tiny_clip, tmp_path_factory):
+    """A folder with the run and the shard sets of all stages, and what they said."""
     folder = tmp_path_factory.mktemp("coco")
-    source = {"images": coco_mini / "train2014", "annotations": coco_mini / "annotations" / "instances_train2014.json"}
-    write(**source, out=folder / "simulated_cams")
-    options = [part for name, path in source.items() for part in (f"--{name}", path)]
-    script("shards/build.py", "coco", *options, "--cams", folder / "simulated_cams", "--masks", "--samples-per-shard", 8,
-           "--processes", 2, "--out", folder / "shards")  # fmt: skip
-    assert "0 problems" in script("shards/verify.py", folder / "shards")
-    return Index.load(folder / "shards")
+    script("shards/build.py", *some(coco_mini, "val2014", 4, folder), "--out", folder / "val")
+    build = ", ".join(map(str, some(coco_mini, "train2014", 16, folder)))
+    where = (f"run={folder}/run", f"data.train={folder}/cams", f"data.val={folder}/val", f"cam.data={folder}/labelled")
+    clip = (f"clip.pretrained={tiny_clip}", "clip.image_size=64", "cam.background_names=[]", "cam.prompts=['{}']")
+    recipe = ("--config", "configs/coco_mini.yaml", f"data.build=[{build}]", *where, *clip, *SMALL)
+    done = script("launch/submit.py", "--stage", "all", "--cluster", "local", "--array-size", 1, *recipe)
+    return folder, done.stdout
 
 
-def test_coco_from_images_to_scores(launch, shards, tmp_path):
-    run = tmp_path / "run"
-    common = ("--config", RECIPE, f"run={run}", f"data.train={shards.root}", "data.workers=0")
-    launch(2, "weakclip.train", *common, "train.steps=30", "train.batch=4", "train.log_every=5")
-    losses = list(metrics(run).values())
-    assert losses[-1] < 0.8 * losses[0]
-    launch(0, "weakclip.pseudo", *common, "--shards", "0", "pseudo.scales=[1.0]", "pseudo.flip=false")
-    first = shards.shards[0].samples
-    masks = {path.stem: Image.open(path) for path in (run / "pseudo").glob("*.png")}
-    assert masks.keys() == {entry.key for entry in first}
-    assert all(mask.mode == "P" and np.asarray(mask).max() <= 80 for mask in masks.values())
-    done = launch(0, "weakclip.evaluate", *common, "--shards", "0")
-    scores = json.loads((run / "scores-masks.json").read_text())
-    assert len(scores["iou"]) == 81
-    assert f"{scores['miou']:.2f}" in done.stdout
+def test_every_stage_runs_in_its_turn(finished):
+    said = [line.partition(":")[0] for line in finished[1].splitlines() if ": on this machine" in line]
+    assert said == ["shards", "cam", "train", "pseudo", "retrain", "test", "evaluate"]
+
+
+def test_all_that_is_shown_was_made_of_the_pictures(finished):
+    folder, _ = finished
+    run = folder / "run"
+    samples = [*StoredSamples(Index.load(folder / "cams"), Index.load(folder / "cams").entries, 0)]
+    assert len(samples) == 16 and all(sample.cam.classes == sample.classes for sample in samples if sample.classes)
+    for sample in samples:
+        with Image.open(run / "pseudo" / f"{sample.key}.png") as mask:
+            assert mask.mode == "P" and mask.size == sample.image.shape[1::-1] and np.asarray(mask).max() <= 80
+    assert len(list((run / "retrain/segformer/masks-val").glob("*.png"))) == 4
+
+
+def test_both_networks_learn(finished):
+    run = finished[0] / "run"
+    for folder in (run, run / "retrain/segformer"):
+        losses = [*metrics(folder).values()]
+        assert losses[-1] < losses[0]
+
+
+def test_masks_and_predictions_are_scored(finished):
+    run = finished[0] / "run"
+    for path in (run / "scores-masks.json", run / "retrain/segformer/scores-val.json"):
+        assert len(json.loads(path.read_text())["iou"]) == 81

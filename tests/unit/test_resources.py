@@ -63,7 +63,10 @@ def test_the_repositorys_examples_are_read(repo):
     [
         ("nodez: 2", "cluster.yaml: unknown key 'nodez'; there are nodes, gpus_per_node, .*, stages"),
         ("stages: {train: {nodez: 2}}", "stages.train: unknown key 'nodez'; there are nodes"),
-        ("stages: {polish: {nodes: 2}}", "stages.polish: no such stage; there are shards, classify, cam, train, pseudo, retrain, test, evaluate"),
+        (
+            "stages: {polish: {nodes: 2}}",
+            "stages.polish: no such stage; there are shards, classify, cam, train, pseudo, retrain, test, evaluate",
+        ),
         ("nodes: two", "cluster.yaml: Value 'two' .* could not be converted to Integer"),
         ("nodes: 0", "cluster.yaml: nodes must be 1 or more"),
         ("gpus_per_node: -1", "cluster.yaml: gpus_per_node must be 0 or more"),
