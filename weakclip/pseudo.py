@@ -6,37 +6,56 @@ python -m weakclip.pseudo --config configs/voc.yaml [--weights best] [--data DIR
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from weakclip import cli, crf, infer, labels, masks
+from weakclip import cli, infer, labels, masks
 from weakclip import weights as stored
+from weakclip.behind import map_behind
 from weakclip.config import Config
 from weakclip.data.shard import DecodedSample
 from weakclip.data.stream import StoredSamples, open_index, select_shards
+from weakclip.finish import Unfinished, finish, mask_of
+from weakclip.likely import NotFinite, likely
+from weakclip.quality import Curves
+
+say = partial(tqdm.write, file=sys.stderr)
 
 
 def pseudo_mask(predictor: infer.Predictor, sample: DecodedSample, config: Config) -> np.ndarray:
     """uint8 H x W of class indices."""
-    probs_KHW = infer.predict(predictor, sample.image, config.pseudo, config.data.scale).cpu().numpy()
-    if config.pseudo.restrict_to_labels:
-        absent = np.setdiff1d(np.arange(1, len(probs_KHW)), sample.classes)
-        probs_KHW[absent] = 0
-    if config.pseudo.crf is None:
-        return probs_KHW.argmax(0).astype(np.uint8)
-    return crf.refine(probs_KHW, sample.image, config.pseudo.crf)
+    return mask_of(likely(predictor, sample, config, say), sample.image, config.pseudo.crf)
 
 
-def write_masks(predictor: infer.Predictor, config: Config, samples: Iterable[DecodedSample], out: Path) -> None:
-    """KEY.png of every sample into `out`; a mask that is there already is left alone."""
-    for sample in tqdm(samples, "pseudo masks", unit=" images", disable=None):
-        path = out / f"{sample.key}.png"
-        if not path.exists():
-            masks.save(pseudo_mask(predictor, sample, config), path)
+def write_masks(predictor: infer.Predictor, config: Config, samples: Iterable[DecodedSample], out: Path, curves: Curves) -> None:
+    """KEY.png of every sample into `out`; a mask that is there already is left alone.
+
+    The network runs here; CRFs and files are left to `pseudo.processes` other processes, which are handed likely classes alone.
+    """
+    unlabelled: list[str] = []
+
+    def unfinished() -> Iterator[Unfinished]:
+        for sample in samples:
+            if masks.is_made(out, sample.key, config.pseudo.soft):
+                continue
+            found = likely(predictor, sample, config, say)
+            if config.pseudo.restrict_to_labels and not sample.classes:
+                unlabelled.append(sample.key)
+            yield Unfinished(replace(sample, mask=None), found, predictor.num_classes, config, out)
+
+    processes = len(os.sched_getaffinity(0)) if config.pseudo.processes is None else config.pseudo.processes
+    for quality in map_behind(finish, processes, unfinished()):
+        curves.add(quality)
+    if unlabelled:
+        some = ", ".join(unlabelled[:10]) + (", ..." if len(unlabelled) > 10 else "")
+        say(f"warning: {len(unlabelled)} images have no label, so their masks are background alone: {some}")
 
 
 def run(config: Config, data: str, weights: Path, out: Path, shards: str | None = None) -> Path:
@@ -44,8 +63,19 @@ def run(config: Config, data: str, weights: Path, out: Path, shards: str | None 
     index = open_index(data, labels.class_names(config.classes), config.data)
     entries = select_shards(index, shards)
     masks.claim(out, config, weights)
+    missing = masks.missing(out, entries, config.pseudo.soft)
+    if not missing:
+        return out
     predictor = stored.load_model(config, weights).predictor()
-    write_masks(predictor, config, StoredSamples(index, masks.missing(out, entries), config.data.workers), out)
+    board = Path(config.run) / "tensorboard" / "pseudo" / ("" if shards is None else f"shards-{shards.replace(':', '-')}")
+    samples = StoredSamples(index, missing, config.data.workers)
+    curves = Curves(board, len(entries) - len(missing))
+    try:
+        write_masks(predictor, config, tqdm(samples, "pseudo masks", unit=" images", disable=None), out, curves)
+    except NotFinite as error:
+        raise ValueError(f"{weights}: {error}") from None
+    finally:
+        say(curves.close())
     return out
 
 
