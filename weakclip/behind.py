@@ -1,4 +1,4 @@
-"""`map` whose arguments are made here while other processes work on earlier ones."""
+"""Processes that finish what this one begins."""
 
 from __future__ import annotations
 
@@ -17,30 +17,42 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
-def map_behind(function: Callable[[A], R], processes: int, arguments: Iterable[A]) -> Iterator[R]:
-    """`map(function, arguments)` over `processes` processes, results in order; 0 means this process.
+class Behind:
+    """So many processes, or none: then all is done in this one. They begin when they are first needed, and leave the signals that
+    a job's processes all get to this one; when it ends, they do."""
 
-    At most two arguments a process are on their way. Raises ValueError when a process dies; what `function` raises passes
-    through. Signals of a job to all its processes are for this one; the others end when it does.
-    """
-    if not processes:
-        yield from map(function, arguments)
-        return
-    # Spawned, not forked: a fork would copy the locks of torch's threads, and cannot use a GPU that this process uses.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _leave_signals_to_the_parent)
-    running: deque[Future[R]] = deque()
-    try:
-        for argument in arguments:
-            with held_back():  # this may begin a process
-                running.append(pool.submit(function, argument))
-            while running and (running[0].done() or len(running) > 2 * processes):
+    def __init__(self, processes: int) -> None:
+        # Spawned, not forked: a fork would copy the locks of torch's threads, and cannot use a GPU that this process uses.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(processes, context, _leave_signals_to_the_parent) if processes else None
+        self._most = 2 * processes
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[A], R], arguments: Iterable[A]) -> Iterator[R]:
+        """`map(function, arguments)`, results in order, arguments made here meanwhile; at most two a process are on their way.
+
+        Raises ValueError when a process dies; what `function` raises passes through.
+        """
+        if self._pool is None:
+            yield from map(function, arguments)
+            return
+        running: deque[Future[R]] = deque()
+        try:
+            for argument in arguments:
+                with held_back():  # this may begin a process
+                    running.append(self._pool.submit(function, argument))
+                while running and (running[0].done() or len(running) > self._most):
+                    yield running.popleft().result()
+            while running:
                 yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-    except BrokenProcessPool:
-        raise ValueError("a process ended abruptly, perhaps for want of memory; use fewer (pseudo.processes)") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool:
+            raise ValueError("a process ended abruptly, perhaps for want of memory; use fewer (pseudo.processes)") from None
 
 
 def _leave_signals_to_the_parent() -> None:

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from weakclip import cli, infer, labels, masks
 from weakclip import weights as stored
-from weakclip.behind import map_behind
+from weakclip.behind import Behind
 from weakclip.config import Config
 from weakclip.data.shard import DecodedSample
 from weakclip.data.stream import StoredSamples, open_index, select_shards
@@ -26,7 +25,9 @@ from weakclip.finish import Unfinished, finish, mask_of
 from weakclip.likely import NotFinite, likely
 from weakclip.quality import Curves
 
-say = partial(tqdm.write, file=sys.stderr)
+
+def say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
 def pseudo_mask(predictor: infer.Predictor, sample: DecodedSample, config: Config) -> np.ndarray:
@@ -51,8 +52,9 @@ def write_masks(predictor: infer.Predictor, config: Config, samples: Iterable[De
             yield Unfinished(replace(sample, mask=None), found, predictor.num_classes, config, out)
 
     processes = len(os.sched_getaffinity(0)) if config.pseudo.processes is None else config.pseudo.processes
-    for quality in map_behind(finish, processes, unfinished()):
-        curves.add(quality)
+    with Behind(processes) as behind:
+        for quality in behind.map(finish, unfinished()):
+            curves.add(quality)
     if unlabelled:
         some = ", ".join(unlabelled[:10]) + (", ..." if len(unlabelled) > 10 else "")
         say(f"warning: {len(unlabelled)} images have no label, so their masks are background alone: {some}")

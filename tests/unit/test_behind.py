@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from weakclip.behind import map_behind
+from weakclip.behind import Behind
 
 
 def square(number: int) -> int:
@@ -30,25 +30,26 @@ def process_and_signals(number: int) -> tuple[int, set]:
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_results_come_in_order_and_errors_as_they_are(processes):
-    assert [*map_behind(square, processes, range(9))] == [n * n for n in range(9)]
-    with pytest.raises(OSError, match="No space left on device: '-1.png'"):
-        [*map_behind(square, processes, [1, -1, 2])]
+    with Behind(processes) as behind:
+        assert [*behind.map(square, range(9))] == [n * n for n in range(9)]
+        with pytest.raises(OSError, match="No space left on device: '-1.png'"):
+            [*behind.map(square, [1, -1, 2])]
 
 
 def test_arguments_are_made_as_they_are_needed():
     made = []
-    results = map_behind(square, 1, (made.append(n) or n for n in range(100)))
-    assert next(results) == 0 and len(made) <= 4
-    results.close()
+    with Behind(1) as behind:
+        assert next(behind.map(square, (made.append(n) or n for n in range(100)))) == 0 and len(made) <= 4
 
 
 def test_a_process_that_dies_is_an_error():
-    with pytest.raises(ValueError, match=r"a process ended abruptly, .* \(pseudo.processes\)"):
-        [*map_behind(die, 1, range(3))]
+    with pytest.raises(ValueError, match=r"a process ended abruptly, .* \(pseudo.processes\)"), Behind(1) as behind:
+        [*behind.map(die, range(3))]
 
 
 def test_the_processes_leave_a_jobs_signals_to_the_one_that_began_them():
-    (pid, blocked), *_ = map_behind(process_and_signals, 1, range(1))
+    with Behind(1) as behind:
+        ((pid, blocked),) = behind.map(process_and_signals, range(1))
     assert pid != os.getpid()
     assert {signal.SIGTERM, signal.SIGUSR2, signal.SIGINT} <= blocked
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -56,10 +57,11 @@ def test_the_processes_leave_a_jobs_signals_to_the_one_that_began_them():
 
 ENDLESS = """
 import itertools, time
-from weakclip.behind import map_behind
+from weakclip.behind import Behind
 if __name__ == "__main__":
-    for second in map_behind(time.sleep, 2, itertools.repeat(0.05)):
-        print("running", flush=True)
+    with Behind(2) as behind:
+        for _ in behind.map(time.sleep, itertools.repeat(0.05)):
+            print("running", flush=True)
 """
 
 
