@@ -1,25 +1,25 @@
-"""Pseudo masks a second on two cores, ours against the released code's order of work.
+"""Pseudo masks a second and core, ours against the released code's order of work.
 
     python benchmarks/pseudo.py --config configs/coco_mini.yaml --weights RUN/weights/last.safetensors --data SHARDS \
         'pseudo.scales=[0.5,0.75,1.0,1.25,1.5,1.75]'
 
 The released order of work (hustvl/WeakCLIP, tools/test.py and tools/make_crf.py): one crop at a time, for each of which the text
 tower runs again; logits of all classes padded to the scaled image and added, resized to the image's size, softmax; a file of
-float32 probabilities of the occurring classes for each image. Then another command reads the files and runs the CRFs, in ten
-processes; here in two, the number of cores. Its network has two threads. Ours is `weakclip.pseudo` with one thread for the
-network and two processes behind it. Both do the same images, round by round in turns, in processes that have begun before.
-"released, text once" leaves out what the text tower costs.
+float32 probabilities of the occurring classes for each image, which another command reads for the CRF. "released, text once"
+leaves out what the text tower costs.
+
+Both do the same images in turns, image by image, on one thread, and what counts is the time of the processor, which others on
+the machine disturb least. That the released CRFs use several processes, and ours overlap with the network, changes the work of
+neither: on so many cores each is that many times as fast at best.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,6 @@ from torch import Tensor
 
 from weakclip import cli, crf, infer, labels, masks
 from weakclip import weights as stored
-from weakclip.behind import Behind
 from weakclip.config import Config
 from weakclip.data.shard import DecodedSample
 from weakclip.data.stream import load, open_index
@@ -39,9 +38,6 @@ from weakclip.data.transforms import resize_image
 from weakclip.finish import Unfinished, finish
 from weakclip.likely import likely
 from weakclip.model import WeakCLIP
-
-CORES = 2
-
 
 # ------------------------------------------------------------------------------------------------------- the released way
 
@@ -76,9 +72,8 @@ def released_slide(predictor: infer.Predictor, x_13HW: Tensor, config: Config) -
     return sum_1KHW / count_HW
 
 
-def released_crf(work: tuple[Path, np.ndarray, Config, Path]) -> None:
+def released_crf(file: Path, image_HW3: np.ndarray, config: Config, out: Path) -> None:
     """The second command, for one image."""
-    file, image_HW3, config, out = work
     found = np.load(file, allow_pickle=True).item()
     probs_nHW, classes_n = found["prob"], found["keys"]
     if len(classes_n) > 1 and config.pseudo.crf is not None:
@@ -86,27 +81,21 @@ def released_crf(work: tuple[Path, np.ndarray, Config, Path]) -> None:
     masks.save(classes_n[probs_nHW.argmax(0)].astype(np.uint8), out)
 
 
-def released(predictor: infer.Predictor, samples: Sequence[DecodedSample], config: Config, out: Path, behind: Behind) -> None:
-    torch.set_num_threads(CORES)
-    work = []
-    for sample in samples:
-        with torch.inference_mode():
-            probs_KHW = released_probabilities(predictor, sample.image, config)
-        prediction_HW = probs_KHW.argmax(0).numpy()
-        classes_n = np.unique(prediction_HW)
-        found = {"prob": probs_KHW.numpy()[classes_n], "keys": classes_n, "pred": prediction_HW[None]}
-        np.save(out / f"{sample.key}.npy", found, allow_pickle=True)  # type: ignore[arg-type]
-        work.append((out / f"{sample.key}.npy", sample.image, config, out / f"{sample.key}.png"))
-    deque(behind.map(released_crf, work), maxlen=0)
+def released(predictor: infer.Predictor, sample: DecodedSample, config: Config, out: Path) -> None:
+    with torch.inference_mode():
+        probs_KHW = released_probabilities(predictor, sample.image, config)
+    prediction_HW = probs_KHW.argmax(0).numpy()
+    classes_n = np.unique(prediction_HW)
+    found = {"prob": probs_KHW.numpy()[classes_n], "keys": classes_n, "pred": prediction_HW[None]}
+    np.save(out / f"{sample.key}.npy", found, allow_pickle=True)  # type: ignore[arg-type]
+    released_crf(out / f"{sample.key}.npy", sample.image, config, out / f"{sample.key}.png")
 
 
 # ------------------------------------------------------------------------------------------------------------ measurement
 
 
-def ours(predictor: infer.Predictor, samples: Sequence[DecodedSample], config: Config, out: Path, behind: Behind) -> None:
-    torch.set_num_threads(1)
-    work = (Unfinished(s, likely(predictor, s, config, print), predictor.num_classes, config, out) for s in samples)
-    deque(behind.map(finish, work), maxlen=0)
+def ours(predictor: infer.Predictor, sample: DecodedSample, config: Config, out: Path) -> None:
+    finish(Unfinished(sample, likely(predictor, sample, config, print), predictor.num_classes, config, out))
 
 
 def same(first: Path, second: Path, keys: Sequence[str]) -> float:
@@ -116,22 +105,22 @@ def same(first: Path, second: Path, keys: Sequence[str]) -> float:
 
 
 def compare(model: WeakCLIP, samples: Sequence[DecodedSample], config: Config, rounds: int, folder: Path) -> dict[str, object]:
-    """Median images a second, and how alike the masks are."""
+    """Images a second and core, of the medians over rounds, and how alike the masks are."""
     once = model.predictor()
     each = once._replace(logits=lambda x_B3HW: model(x_B3HW).logits_BKhw)
     contestants = {"released": (released, each), "released, text once": (released, once), "ours": (ours, once)}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    with Behind(CORES) as behind:
-        for number in range(rounds + 1):  # the first one begins the processes, and isn't counted
-            for name, (work, predictor) in contestants.items():
-                (folder / name).mkdir(exist_ok=True)
-                start = time.perf_counter()
-                work(predictor, samples if number else samples[:2], config, folder / name, behind)
-                seconds[name].append(time.perf_counter() - start)
-    rates = {name: len(samples) / statistics.median(times[1:]) for name, times in seconds.items()}
+    for sample in [*samples] * rounds:
+        for name, (work, predictor) in contestants.items():
+            (folder / name).mkdir(exist_ok=True)
+            start = time.process_time()
+            work(predictor, sample, config, folder / name)
+            seconds[name].append(time.process_time() - start)
+    medians = {name: np.median(np.reshape(times, (rounds, -1)), axis=0) for name, times in seconds.items()}
+    rates = {name: 1 / float(times.mean()) for name, times in medians.items()}
     return {
         "images": len(samples),
-        "images_per_second": rates,
+        "images_per_second_and_core": rates,
         "ratio": {name: rates["ours"] / rates[name] for name in rates if name != "ours"},
         "same_percent": 100 * same(folder / "released", folder / "ours", [sample.key for sample in samples]),
     }
@@ -144,6 +133,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--images", type=int, default=8, help="so many of the first ones")
     parser.add_argument("--rounds", type=int, default=3)
     config, options = cli.parse_config(parser, arguments)
+    torch.set_num_threads(1)
     model = stored.load_model(config, options.weights)
     index = open_index(options.data, labels.class_names(config.classes))
     samples = [replace(load(index, entry), cam=None, seed=None, mask=None) for entry in index.entries[: options.images]]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from weakclip.interrupt import SIGNALS, held_back
@@ -45,7 +47,7 @@ class Behind:
         running: deque[Future[R]] = deque()
         try:
             for argument in arguments:
-                with held_back():  # this may begin a process
+                with held_back(), _large_pages():  # this may begin a process
                     running.append(self._pool.submit(function, argument))
                 while running and (running[0].done() or len(running) > self._most):
                     yield running.popleft().result()
@@ -53,6 +55,21 @@ class Behind:
                 yield running.popleft().result()
         except BrokenProcessPool:
             raise ValueError("a process ended abruptly, perhaps for want of memory; use fewer (pseudo.processes)") from None
+
+
+@contextmanager
+def _large_pages() -> Iterator[None]:
+    """Processes that begin meanwhile ask Linux for large pages, where glibc can: the CRF's hash tables are of many megabytes, and
+    it takes a sixth less time."""
+    name, earlier = "GLIBC_TUNABLES", os.environ.get("GLIBC_TUNABLES")
+    os.environ[name] = ":".join(filter(None, (earlier, "glibc.malloc.hugetlb=1")))
+    try:
+        yield
+    finally:
+        if earlier is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = earlier
 
 
 def _leave_signals_to_the_parent() -> None:
