@@ -35,7 +35,7 @@ matching: {{width: 16, heads: 2}}
 decoder: {{fpn_channels: 24, head_channels: 24}}
 loss: {{grid: [16, 16]}}
 train: {{steps: 20, batch: 2, deepspeed: {repo}/configs/deepspeed/zero0.json}}
-pseudo: {{scales: [1.0], window: 64, stride: 42}}
+pseudo: {{scales: [1.0], window: 64, stride: 42, processes: 0}}
 """
 
 TINY_NAMES = ("background", "cat", "dog", "cow")

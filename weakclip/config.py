@@ -273,16 +273,21 @@ class PseudoConfig:
     """Side of the sliding window, pixels."""
     stride: int = 341
     window_batch: int = 4
-    """Windows a forward pass."""
+    """Windows a forward pass; they come from all scales and mirror images of an image. A large GPU has room for 16 and more."""
     crf: CrfConfig | None = field(default_factory=CrfConfig)
     """Dense CRF at full resolution; null: none."""
     restrict_to_labels: bool = False
     """Zero the probability of classes that the image's labels exclude (training images only)."""
+    soft: bool = False
+    """Write the probabilities, too, as they are before the CRF: KEY.npz beside KEY.png."""
+    processes: int | None = None
+    """Processes for the CRF and the files, beside the network's; null: one a core that this job may use, 0: none."""
 
     def __post_init__(self) -> None:
         _require(bool(self.scales) and min(self.scales) > 0, "pseudo.scales must be positive numbers")
         _require(0 < self.stride <= self.window, "pseudo.stride must lie in 1..pseudo.window")
         _require(self.window_batch >= 1, "pseudo.window_batch must be 1 or more")
+        _require(self.processes is None or self.processes >= 0, "pseudo.processes must be 0 or more, or null")
 
     def single_scale(self) -> PseudoConfig:
         """The quick form, for validation: one scale, no mirror image, no CRF."""

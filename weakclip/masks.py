@@ -1,4 +1,5 @@
-"""A folder of masks: KEY.png, 8-bit palette PNGs of class indices, and about.json, which says what made them."""
+"""A folder of masks: KEY.png, 8-bit palette PNGs of class indices, and about.json, which says what made them. Where they are
+wanted, KEY.npz holds the probabilities that a mask was made of."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from weakclip.files import write_whole
 
 def about(config: Config, weights: Path) -> dict[str, Any]:
     """What decides how the masks come out, for JSON."""
-    return {"weights": sha256(weights), "scale": config.data.scale, **asdict(config.pseudo)}
+    decides = {name: value for name, value in asdict(config.pseudo).items() if name not in ("processes", "soft")}
+    return {"weights": sha256(weights), "scale": config.data.scale, **decides}
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
@@ -54,10 +56,27 @@ def fingerprint(folder: Path) -> str:
     return sha256(folder / "about.json")
 
 
-def missing(folder: Path, entries: Iterable[Entry]) -> list[Entry]:
-    """Those that have no mask yet."""
-    made = {path.name for path in folder.glob("*.png")}
-    return [entry for entry in entries if f"{entry.key}.png" not in made]
+def missing(folder: Path, entries: Iterable[Entry], soft: bool = False) -> list[Entry]:
+    """Those that have no mask yet. soft: or no probabilities."""
+    made = {path.stem for path in folder.glob("*.png")}
+    made &= {path.stem for path in folder.glob("*.npz")} if soft else made
+    return [entry for entry in entries if entry.key not in made]
+
+
+def is_made(folder: Path, key: str, soft: bool = False) -> bool:
+    """Whether `missing` would leave it out."""
+    return (folder / f"{key}.png").exists() and (not soft or soft_path(folder, key).exists())
+
+
+def soft_path(folder: Path, key: str) -> Path:
+    return folder / f"{key}.npz"
+
+
+def save_soft(classes_n: np.ndarray, probs_nHW: np.ndarray, path: Path) -> None:
+    """Probabilities 0..1 as 255ths."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, classes=classes_n, probs=np.rint(255 * probs_nHW).astype(np.uint8))
+    write_whole(path, buffer.getvalue())
 
 
 def save(mask_HW: np.ndarray, path: Path) -> None:

@@ -25,13 +25,13 @@ def map_in_processes(function: Callable[..., R], processes: int, *arguments: Seq
     # Spawned, not forked: a fork would copy the locks of whatever threads (torch's, say) the caller has.
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(processes, context, _die_with_parent) as pool:
+        with ProcessPoolExecutor(processes, context, die_with_parent) as pool:
             yield from pool.map(function, *arguments)
     except BrokenProcessPool:
         raise ValueError("a process ended abruptly, perhaps for want of memory; use fewer processes") from None
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Without this a killed command's processes would stay, and write into the directory of the next."""
 
     def watch() -> None:

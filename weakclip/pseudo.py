@@ -6,53 +6,85 @@ python -m weakclip.pseudo --config configs/voc.yaml [--weights best] [--data DIR
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from weakclip import cli, crf, infer, masks
+from weakclip import cli, infer, masks
 from weakclip import weights as stored
+from weakclip.behind import Behind
 from weakclip.config import Config
-from weakclip.data.shard import DecodedSample, Entry, Index
+from weakclip.data.shard import DecodedSample, Index
 from weakclip.data.stream import StoredSamples, open_index, select_shards
+from weakclip.finish import Unfinished, finish, mask_of
+from weakclip.likely import NotFinite, likely
+from weakclip.quality import Curves
 from weakclip.tasks import Refine, Task
+
+
+def say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
 def pseudo_mask(predictor: infer.Predictor, sample: DecodedSample, config: Config) -> np.ndarray:
     """uint8 H x W of class indices."""
-    probs_KHW = infer.predict(predictor, sample.image, config.pseudo, config.data.scale).cpu().numpy()
-    if config.pseudo.restrict_to_labels:
-        absent = np.setdiff1d(np.arange(1, len(probs_KHW)), sample.classes)
-        probs_KHW[absent] = 0
-    if config.pseudo.crf is None:
-        return probs_KHW.argmax(0).astype(np.uint8)
-    return crf.refine(probs_KHW, sample.image, config.pseudo.crf)
+    return mask_of(likely(predictor, sample, config, say), sample.image, config.pseudo.crf)
 
 
-def write_masks(predictor: infer.Predictor, config: Config, samples: Iterable[DecodedSample], out: Path) -> None:
-    """KEY.png of every sample into `out`; a mask that is there already is left alone."""
-    for sample in tqdm(samples, "pseudo masks", unit=" images", disable=None):
-        path = out / f"{sample.key}.png"
-        if not path.exists():
-            masks.save(pseudo_mask(predictor, sample, config), path)
+def write_masks(predictor: infer.Predictor, config: Config, samples: Iterable[DecodedSample], out: Path, curves: Curves) -> None:
+    """KEY.png of every sample into `out`; a mask that is there already is left alone.
+
+    The network runs here; CRFs and files are left to `pseudo.processes` other processes, which are handed likely classes alone.
+    """
+    unlabelled: list[str] = []
+
+    def unfinished() -> Iterator[Unfinished]:
+        for sample in samples:
+            if masks.is_made(out, sample.key, config.pseudo.soft):
+                continue
+            found = likely(predictor, sample, config, say)
+            if config.pseudo.restrict_to_labels and not sample.classes:
+                unlabelled.append(sample.key)
+            yield Unfinished(replace(sample, mask=None), found, predictor.num_classes, config, out)
+
+    processes = len(os.sched_getaffinity(0)) if config.pseudo.processes is None else config.pseudo.processes
+    with Behind(processes) as behind:
+        for quality in behind.map(finish, unfinished()):
+            curves.add(quality)
+    if unlabelled:
+        some = ", ".join(unlabelled[:10]) + (", ..." if len(unlabelled) > 10 else "")
+        say(f"warning: {len(unlabelled)} images have no label, so their masks are background alone: {some}")
 
 
 def run(config: Config, data: str, weights: Path, out: Path, shards: str | None = None) -> Path:
     """The stage: masks of the samples in `shards` of the shard set `data`, into `out`, which is returned."""
     task = Refine(config)
-    index = open_index(data, task.names, config.data)
-    write(task, index, select_shards(index, shards), weights, out)
+    write(task, open_index(data, task.names, config.data), shards, weights, out)
     return out
 
 
-def write(task: Task, index: Index, entries: Sequence[Entry], weights: Path, out: Path) -> None:
-    """Masks of `entries` of a shard set by a task's network, into `out`; those that are there already are left alone."""
-    masks.claim(out, task.config, weights)
+def write(task: Task, index: Index, part: str | None, weights: Path, out: Path) -> None:
+    """Masks of the shards "A:B" by a task's network, into `out`; those that are there already are left alone."""
+    config, entries = task.config, select_shards(index, part)
+    masks.claim(out, config, weights)
+    missing = masks.missing(out, entries, config.pseudo.soft)
+    if not missing:
+        return
     predictor = task.load(weights).predictor()
-    write_masks(predictor, task.config, StoredSamples(index, masks.missing(out, entries), task.config.data.workers), out)
+    samples = StoredSamples(index, missing, config.data.workers)
+    board = task.run / "tensorboard" / out.name / ("" if part is None else f"shards-{part.replace(':', '-')}")
+    curves = Curves(board, len(entries) - len(missing))
+    try:
+        write_masks(predictor, config, tqdm(samples, "masks", unit=" images", disable=None), out, curves)
+    except NotFinite as error:
+        raise ValueError(f"{weights}: {error}") from None
+    finally:
+        say(curves.close())
 
 
 def main(arguments: Sequence[str]) -> None:

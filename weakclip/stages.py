@@ -134,7 +134,7 @@ def _pseudo_progress(config: Config, index: Index | None) -> Progress:
     folder = _masks(config)
     _refuse_others(folder, config)
     entries = index.entries if index else ()
-    return Progress(len(entries) - len(masks.missing(folder, entries)), len(entries), "images")
+    return Progress(len(entries) - len(masks.missing(folder, entries, config.pseudo.soft)), len(entries), "images")
 
 
 def _refuse_others(folder: Path, config: Config) -> None:

@@ -39,7 +39,7 @@ def run(config: Config, part: str | None) -> None:
     task = Retrain(config)
     index = open_data(task, None)
     place = Scored.predicted(task.run, "val")
-    pseudo.write(task, index, select_shards(index, part), stored.find(task.config, "best"), place.masks)
+    pseudo.write(task, index, part, stored.find(task.config, "best"), place.masks)
     evaluate.score_shards(task.config, index, part, place)
 
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     task = Retrain(config)
     index = open_data(task, options.data)
     place, entries = Scored.predicted(task.run, options.split), select_shards(index, options.shards)
-    pseudo.write(task, index, entries, stored.find(task.config, options.weights), place.masks)
+    pseudo.write(task, index, options.shards, stored.find(task.config, options.weights), place.masks)
     if load(index, entries[0]).mask is None:
         print(f"{place.masks}: not scored, since {index.storage} has no ground truth")
     else:

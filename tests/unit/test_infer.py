@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from weakclip.config import PseudoConfig
 from weakclip.data.transforms import IMAGENET
-from weakclip.infer import Predictor, predict, slide, starts, window_logits
+from weakclip.infer import Predictor, predict, slide, starts
 
 SCALE = (128, 64)
 
@@ -94,8 +94,8 @@ def test_windows_in_one_batch_give_what_they_give_one_by_one(tiny_model):
 
 def test_a_window_too_small_for_the_pyramid_is_padded_for_the_model_alone():
     model = MeanOfWindow()
-    assert window_logits(model.predictor(), torch.randn(2, 3, 5, 70)).shape == (2, 2, 5, 70)
-    assert model.shapes == [(2, 3, 32, 70)]
+    assert slide(model.predictor(), torch.randn(3, 5, 70), settings(window=512)).shape == (2, 5, 70)
+    assert model.shapes == [(1, 3, 32, 70)]
 
 
 # --------------------------------------------------------------------------------------------------------- whole images
@@ -103,7 +103,7 @@ def test_a_window_too_small_for_the_pyramid_is_padded_for_the_model_alone():
 
 def test_probabilities_are_averaged_over_scales_and_mirror_images():
     image_HW3, model = picture(32, 48), MeanOfWindow()
-    with_all = predict(model.predictor(), image_HW3, settings(scales=[0.5, 1.0], flip=True, window=512), SCALE)
+    with_all = predict(model.predictor(), image_HW3, settings(scales=[0.5, 1.0], flip=True, window=512, window_batch=1), SCALE)
     assert [shape[2:] for shape in model.shapes] == [(32, 48), (32, 48), (64, 96), (64, 96)]
     parts = [predict(model.predictor(), image_HW3, settings(scales=[s], window=512), SCALE) for s in (0.5, 1.0)]
     torch.testing.assert_close(with_all, sum(parts) / 2)  # a mean does not change in the mirror

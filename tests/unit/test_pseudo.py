@@ -17,6 +17,7 @@ from weakclip.archives import ArchiveError
 from weakclip.config import ConfigError, save
 from weakclip.data.shard import ShardError
 from weakclip.data.stream import StoredSamples
+from weakclip.quality import Curves
 
 NO_CRF = "pseudo.crf=null"
 
@@ -150,7 +151,7 @@ def test_a_folder_of_other_files_is_refused(tiny_config, weights, tmp_path):
 
 def mask_of(probs_KHW, monkeypatch, config, classes=(1,)) -> np.ndarray:
     H, W = probs_KHW.shape[1:]
-    sample = SimpleNamespace(image=np.full((H, W, 3), 128, np.uint8), classes=classes)
+    sample = SimpleNamespace(key="made up", image=np.full((H, W, 3), 128, np.uint8), classes=classes)
     monkeypatch.setattr(infer, "predict", lambda *_: torch.tensor(probs_KHW))
     return pseudo.pseudo_mask(None, sample, config)
 
@@ -208,7 +209,7 @@ def test_masks_that_are_there_are_kept_and_only_missing_ones_are_written(tiny_co
 def test_a_mask_that_another_job_wrote_meanwhile_is_kept(tiny_config, tiny_model, shards, tmp_path):
     samples = [*StoredSamples(shards, shards.entries, 0)]
     (tmp_path / "image_1.png").write_bytes(b"kept")
-    pseudo.write_masks(tiny_model().predictor(), tiny_config(NO_CRF), samples, tmp_path)
+    pseudo.write_masks(tiny_model().predictor(), tiny_config(NO_CRF), samples, tmp_path, Curves(tmp_path / "board", 0))
     assert len(written(tmp_path)) == 3 and written(tmp_path)["image_1.png"] == b"kept"
 
 

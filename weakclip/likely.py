@@ -1,0 +1,89 @@
+"""An image's likely classes: those that win at least one pixel, and their probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weakclip import infer
+from weakclip.config import Config
+from weakclip.data.shard import DecodedSample
+
+
+class NotFinite(ValueError):
+    """The network's probabilities are NaN or infinite; the message names the image."""
+
+
+class Likely(NamedTuple):
+    classes_n: np.ndarray
+    """int64, ascending."""
+    probs_nHW: np.ndarray
+    """float32; what is missing to one belongs to classes that win no pixel, or that the labels exclude."""
+
+
+Strips = Callable[[], Iterator[Tensor]]
+"""Gives probabilities as strips of rows, K x h x W, as often as it is called."""
+
+
+def likely(predictor: infer.Predictor, sample: DecodedSample, config: Config, say: Callable[[str], object]) -> Likely:
+    """The likely classes of `sample`: of all, or with `pseudo.restrict_to_labels` of background and its labels.
+
+    An image too large for memory is tried in smaller parts, which `say` is told. Raises ValueError naming it where none are small
+    enough, and NotFinite.
+    """
+    H, W = sample.image.shape[:2]
+    ways: dict[str, Callable[[], Strips]] = {
+        "as configured": lambda: _whole(predictor, sample, config),
+        "with one window at a time": lambda: _whole(predictor, sample, _one_window(config)),
+        "strip by strip": lambda: infer.predict_in_strips(predictor, sample.image, _one_window(config).pseudo, config.data.scale),
+    }
+    for way, strips in ways.items():
+        if way != "as configured":
+            say(f"{sample.key}: {H} x {W} pixels do not fit into memory; trying again {way}")
+        try:
+            return _occurring(strips(), sample, config)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_want_of_memory(error):
+                raise
+        if predictor.device.type == "cuda":
+            torch.cuda.empty_cache()
+    raise ValueError(f"{sample.key}: {H} x {W} pixels do not fit into memory, not even {way}; make the image smaller")
+
+
+def _one_window(config: Config) -> Config:
+    return replace(config, pseudo=replace(config.pseudo, window_batch=1))
+
+
+def _whole(predictor: infer.Predictor, sample: DecodedSample, config: Config) -> Strips:
+    probs_KHW = infer.predict(predictor, sample.image, config.pseudo, config.data.scale)
+    return lambda: iter((probs_KHW,))
+
+
+def _occurring(strips: Strips, sample: DecodedSample, config: Config) -> Likely:
+    """Two rounds, since a class that wins in any strip is wanted in all."""
+    allowed = np.array([0, *sample.classes]) if config.pseudo.restrict_to_labels else None
+    found = [_winners(probs_KhW, allowed, sample.key) for probs_KhW in strips()]
+    classes_n = np.unique(np.concatenate(found))
+    probs_nHW = np.concatenate([probs_KhW[torch.from_numpy(classes_n)].cpu().numpy() for probs_KhW in strips()], axis=1)
+    return Likely(classes_n, probs_nHW)
+
+
+def _winners(probs_KhW: Tensor, allowed: np.ndarray | None, key: str) -> np.ndarray:
+    """Classes, int64, that are the likeliest of `allowed` (None: of all) somewhere."""
+    highest_K = probs_KhW.amax((1, 2)).cpu()
+    if not highest_K.isfinite().all():
+        raise NotFinite(f"{key}: the network's probabilities are not finite numbers")
+    if allowed is None:  # probabilities sum to one: what stays under 1/K everywhere wins nowhere, and needs no look
+        allowed = (highest_K > 0.9 / len(highest_K)).nonzero()[:, 0].numpy()
+    winners_hW = probs_KhW[torch.from_numpy(allowed)].argmax(0)
+    return allowed[winners_hW.unique().cpu().numpy()]
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    """Of the device (torch.OutOfMemoryError), of Python, or of torch on the CPU, whose error has no class of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)

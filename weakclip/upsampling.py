@@ -1,0 +1,139 @@
+"""Logits of windows -> probabilities at the image's size, tile by tile, without the classes that cannot matter there.
+
+Three steps follow a window's forward: its logits are resized to its own size, averaged where windows overlap, and resized to
+the image's size. Each is linear and works on one axis at a time, and windows form a grid, so all three together are two matrices:
+with all windows' logits side by side in l (r x c cells a class), logits at the image's size are A_rows l A_columns^T. Their
+rows sum to one and have no negative weights: a pixel is a weighted mean of cells, with the same weights for all classes.
+
+That bounds probabilities before anything is computed at full size. Subtract the logsumexp over classes from each cell (a
+softmax does not notice); no class' mean then exceeds its largest value in the cells that a tile of pixels sees, so classes with
+small values everywhere in those cells can be left out, and the sum over the others says how large an error that is at most.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGEST_ERROR = 1e-4
+"""Most that probabilities of a pixel may lose to classes that are left out, all of them together."""
+SMALLEST_SUM = 1e-20
+"""Of exponentials, that still divides without a loss; a NaN is none either."""
+TILE = 64
+"""Side, pixels, of the squares in which a CPU works: classes that matter in one are few, and their values stay in its cache."""
+WHOLE = 1 << 30
+"""Side of a tile that no image exceeds: a GPU does more than needed sooner than it asks what is needed."""
+
+
+class Grid(NamedTuple):
+    """One axis of a pass: windows on the scaled image, cells in a window, pixels in the image."""
+
+    begins: tuple[int, ...]
+    """Where windows begin, pixels of the scaled image."""
+    window: int
+    """Their side, pixels."""
+    padded: int
+    """Side that the network saw, pixels: at least `window`."""
+    cells: int
+    """Logits that it gave for it."""
+    length: int
+    """Side of the image, pixels."""
+    mirrored: bool = False
+    """The scaled image was mirrored along this axis, the logits are wanted unmirrored."""
+
+
+class Span(NamedTuple):
+    """Part of an axis."""
+
+    pixels: slice
+    """Of the image."""
+    cells_c: Tensor
+    """int64: which cells they are means of, counted over all windows."""
+    weights_pc: Tensor
+    """float32, pixels x cells."""
+
+
+class Pass(NamedTuple):
+    """The logits of all windows of one scaled and perhaps mirrored image."""
+
+    logits_Krc: Tensor
+    """float32; cells of all windows side by side."""
+    rows: Grid
+    columns: Grid
+
+
+def interpolation(cells: int, length: int) -> Tensor:
+    """float64 length x cells, the weights of `F.interpolate` (bilinear, align_corners false) along an axis."""
+    return F.interpolate(torch.eye(cells, dtype=torch.float64)[None], size=length, mode="linear")[0].T
+
+
+@lru_cache(maxsize=256)
+def spans(grid: Grid, tile: int, device: torch.device) -> tuple[Span, ...]:
+    """The axis in parts of `tile` pixels."""
+    scaled = grid.begins[-1] + grid.window
+    one_window_wc = interpolation(grid.cells, grid.padded)[: grid.window]
+    all_windows_sc = torch.zeros(scaled, len(grid.begins) * grid.cells, dtype=torch.float64)
+    for number, begin in enumerate(grid.begins):
+        all_windows_sc[begin : begin + grid.window, number * grid.cells : (number + 1) * grid.cells] = one_window_wc
+    all_windows_sc /= all_windows_sc.sum(1, keepdim=True)  # every window gives a pixel weights that sum to one
+    weights_pc = interpolation(scaled, grid.length) @ all_windows_sc
+    weights_pc = weights_pc.flip(0) if grid.mirrored else weights_pc
+    parts = []
+    for first in range(0, grid.length, tile):
+        part_pc = weights_pc[first : first + tile]
+        cells_c = part_pc.any(0).nonzero()[:, 0]
+        pixels = slice(first, first + len(part_pc))
+        parts.append(Span(pixels, cells_c.to(device), part_pc[:, cells_c].float().to(device)))
+    return tuple(parts)
+
+
+def upsample(logits_Krc: Tensor, rows: Span, columns: Span) -> Tensor:
+    """Logits at the pixels of `rows` and `columns`, from those of the cells that they see: K x h x w."""
+    return rows.weights_pc @ (logits_Krc @ columns.weights_pc.T)
+
+
+def logits_of(part: Pass) -> Tensor:
+    """float32 K x H x W, all classes everywhere."""
+    (rows,), (columns,) = (spans(grid, WHOLE, part.logits_Krc.device) for grid in (part.rows, part.columns))
+    return upsample(part.logits_Krc[:, rows.cells_c][:, :, columns.cells_c], rows, columns)
+
+
+def add_probabilities(total_KhW: Tensor, part: Pass, weight: float, tile: int, strip: int | None = None) -> None:
+    """Add `weight` times the pass' class probabilities to `total_KhW`: of the whole image, or of one strip of `tile` rows.
+
+    Where tiles are smaller than the image, a class that cannot matter in one is taken as 0 there; no probability is off by more
+    than LARGEST_ERROR.
+    """
+    device = part.logits_Krc.device
+    rows, columns = (spans(grid, tile, device) for grid in (part.rows, part.columns))
+    prune = tile < WHOLE
+    scores_Krc = part.logits_Krc.log_softmax(0) if prune else part.logits_Krc
+    for row in rows if strip is None else rows[strip : strip + 1]:
+        seen_Krc = scores_Krc[:, row.cells_c]
+        total_Khw = total_KhW[:, row.pixels] if strip is None else total_KhW
+        for column in columns:
+            target_Khw, cells_Krc = total_Khw[:, :, column.pixels], seen_Krc[:, :, column.cells_c]
+            if not (prune and _add_those_that_matter(target_Khw, cells_Krc, row, column, weight)):
+                target_Khw.add_(upsample(cells_Krc, row, column).softmax(0), alpha=weight)
+
+
+def _add_those_that_matter(total_Khw: Tensor, scores_Krc: Tensor, row: Span, column: Span, weight: float) -> bool:
+    """Add the probabilities of one tile, unless too much would be missing: then nothing is added, and the answer is False.
+
+    A pixel's probabilities are exp(z_k) over the sum of exp(z_j); no z_k exceeds the largest score of k in the tile's cells.
+    """
+    bounds_K, ascending_K = scores_Krc.amax((1, 2)).exp().sort()
+    missing_K = bounds_K.cumsum(0)
+    dropped = int((missing_K <= LARGEST_ERROR / 4).sum())  # the sum is rarely less than 1/4
+    missing = float(missing_K[dropped - 1]) if dropped else 0.0
+    kept_n = ascending_K[dropped:].sort().values
+    exponentials_nhw = upsample(scores_Krc[kept_n], row, column).exp_()
+    sum_hw = exponentials_nhw.sum(0)
+    if not float(sum_hw.min()) >= max(missing / LARGEST_ERROR, SMALLEST_SUM):
+        return False
+    total_Khw.index_add_(0, kept_n, exponentials_nhw.div_(sum_hw), alpha=weight)
+    return True
