@@ -9,14 +9,14 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from weakclip import cli, labels
-from weakclip.config import Config, ConfigError
+from weakclip import cli, labels, masks
+from weakclip.config import Config, ConfigError, CrfConfig, SeedConfig
 from weakclip.data import writing
 from weakclip.data.shard import Cam, DecodedSample, Entry, Index, PackedSample, decode_sample, read_entry, sha256
 from weakclip.tasks import Classify
@@ -40,7 +40,8 @@ def open_labelled(config: Config) -> Index:
 def about(config: Config, labelled: Index | None) -> dict[str, Any]:
     """What decides the CAMs beside the template, for JSON; without pictures and weights that aren't there yet."""
     pictures = {"of": labelled.fingerprint} if labelled else {}
-    return {**pictures, **_SOURCES[config.cam.source].about(config), "scale": config.data.scale}
+    seeds = {"seeds": asdict(config.seeds)} if config.seeds.crf else {}
+    return {**pictures, **seeds, **_SOURCES[config.cam.source].about(config), "scale": config.data.scale}
 
 
 def written(config: Config, labelled: Index | None) -> int:
@@ -51,10 +52,12 @@ def written(config: Config, labelled: Index | None) -> int:
 
 @dataclass
 class WithCam:
-    """An entry of a labelled set -> the same sample with the CAM that `make` gives it, and a note of what is wanting."""
+    """An entry of a labelled set -> the same sample with the CAM that `make` gives it, with `seeds.crf` its seed mask too, and a
+    note of what is wanting."""
 
     labelled: Index
     make: Callable[[DecodedSample], Cam]
+    seeds: SeedConfig
     unlabelled: list[str] = field(default_factory=list)
     empty: Counter[int] = field(default_factory=Counter)
     """Of each class the maps that are all zero."""
@@ -67,9 +70,18 @@ class WithCam:
             cam = self.make(sample)
             self.empty.update(index for index, map_hw in zip(cam.classes, cam.maps_nhw, strict=True) if not map_hw.any())
             parts["cam.npz"] = cam.encode()
+            if self.seeds.crf:
+                parts["seed.png"] = self._seed(sample, cam, self.seeds.crf)
         else:
             self.unlabelled.append(entry.key)
         return PackedSample(entry.key, parts, f"{self.labelled.storage}/{entry.shard}")
+
+    def _seed(self, sample: DecodedSample, cam: Cam, crf: CrfConfig) -> bytes:
+        from weakclip.data.stream import cam_maps
+        from weakclip.seeds import refined_seed
+
+        maps_nHW, thresholds = cam_maps(replace(sample, cam=cam)), (self.seeds.background, self.seeds.foreground)
+        return masks.encode(refined_seed(maps_nHW, cam.classes, sample.image, *thresholds, crf))
 
     def warnings(self) -> list[str]:
         """One line for each kind of want."""
@@ -94,7 +106,7 @@ def run(config: Config, part: str | None) -> None:
     numbers = select_numbers(shards, part, str(labelled.storage))
     source = _SOURCES[config.cam.source]
     make, note = source.maker(config, labelled)
-    load = WithCam(labelled, make)
+    load = WithCam(labelled, make, config.seeds)
     build = writing.Build(
         labelled.entries,
         load,

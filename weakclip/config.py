@@ -69,6 +69,18 @@ class DataConfig:
 
 
 @dataclass
+class CrfConfig:
+    """Dense CRF: unary from probabilities, a Gaussian (smoothness) and a bilateral (appearance) kernel."""
+
+    iterations: int = 10
+    gaussian_sxy: float = 3
+    gaussian_compat: float = 3
+    bilateral_sxy: float = 83
+    bilateral_srgb: float = 5
+    bilateral_compat: float = 3
+
+
+@dataclass
 class SeedConfig:
     """How a CAM becomes a seed mask where a sample carries no seed of its own."""
 
@@ -76,6 +88,8 @@ class SeedConfig:
     """CAM value (0..1) below which a pixel is background."""
     foreground: float = 0.45
     """CAM value (0..1) from which a pixel takes the strongest class; between the two thresholds it is ignored (255)."""
+    crf: CrfConfig | None = None
+    """Dense CRF after each threshold, whose seed masks the stage `cam` then writes beside the CAMs; null: none."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.background <= 1, "seeds.background must lie in 0..1")
@@ -201,8 +215,6 @@ class OptimConfig:
     optimizer: str = "adamw"
     """adamw, or sgd with momentum 0.9."""
     lr: float = 1e-4
-    head_lr: float = 1.0
-    """Factor on `lr` for the parts of a retrained network that begin at random."""
     weight_decay: float = 3e-5
     schedule: str = "cosine"
     """How the learning rate falls: cosine, or poly (a power of the share that is left)."""
@@ -218,7 +230,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _require(self.optimizer in ("adamw", "sgd"), "optim.optimizer must be adamw or sgd")
         _require(self.schedule in ("cosine", "poly"), "optim.schedule must be cosine or poly")
-        _require(self.lr > 0 and self.head_lr > 0 and self.power > 0, "optim.lr, optim.head_lr and optim.power must be positive")
+        _require(self.lr > 0 and self.power > 0, "optim.lr and optim.power must be positive")
         _require(0 <= self.min_lr <= self.lr, "optim.min_lr must lie in 0..optim.lr")
 
 
@@ -248,18 +260,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} must be 1 or more")
-
-
-@dataclass
-class CrfConfig:
-    """Dense CRF: unary from probabilities, a Gaussian (smoothness) and a bilateral (appearance) kernel."""
-
-    iterations: int = 10
-    gaussian_sxy: float = 3
-    gaussian_compat: float = 3
-    bilateral_sxy: float = 83
-    bilateral_srgb: float = 5
-    bilateral_compat: float = 3
 
 
 @dataclass
@@ -374,6 +374,8 @@ class RetrainConfig:
     """Its size: wide or narrow, timm's name of a ViT, or b0 to b5; null: the published one."""
     pretrained: str | None = None
     """ImageNet weights of the backbone, in the format that its authors or its library publish; null: a random start."""
+    head_lr: float = 1.0
+    """Factor on `optim.lr` for the parts that begin at random even so."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -382,6 +384,7 @@ class RetrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.network is None or self.network in NETWORKS, f"retrain.network must be one of {', '.join(NETWORKS)}")
+        _require(self.head_lr > 0, "retrain.head_lr must be positive")
         _require(not self.test.restrict_to_labels, "retrain.test.restrict_to_labels: a test image has no labels")
 
 

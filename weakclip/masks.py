@@ -80,11 +80,16 @@ def save_soft(classes_n: np.ndarray, probs_nHW: np.ndarray, path: Path) -> None:
 
 
 def save(mask_HW: np.ndarray, path: Path) -> None:
+    write_whole(path, encode(mask_HW))
+
+
+def encode(mask_HW: np.ndarray) -> bytes:
+    """A palette PNG."""
     picture = Image.fromarray(mask_HW)
     picture.putpalette(labels.palette())
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read(folder: Path, key: str) -> np.ndarray:

@@ -9,10 +9,12 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from weakclip import cli, infer, masks
@@ -36,10 +38,12 @@ def pseudo_mask(predictor: infer.Predictor, sample: DecodedSample, config: Confi
     return mask_of(likely(predictor, sample, config, say), sample.image, config.pseudo.crf)
 
 
-def write_masks(predictor: infer.Predictor, config: Config, samples: Iterable[DecodedSample], out: Path, curves: Curves) -> None:
+def write_masks(
+    predictor: infer.Predictor, config: Config, samples: Iterable[DecodedSample], out: Path, curves: Curves, behind: Behind
+) -> None:
     """KEY.png of every sample into `out`; a mask that is there already is left alone.
 
-    The network runs here; CRFs and files are left to `pseudo.processes` other processes, which are handed likely classes alone.
+    The network runs here; CRFs and files are left to the processes of `behind`, which are handed likely classes alone.
     """
     unlabelled: list[str] = []
 
@@ -52,13 +56,22 @@ def write_masks(predictor: infer.Predictor, config: Config, samples: Iterable[De
                 unlabelled.append(sample.key)
             yield Unfinished(replace(sample, mask=None), found, predictor.num_classes, config, out)
 
-    processes = len(os.sched_getaffinity(0)) if config.pseudo.processes is None else config.pseudo.processes
-    with Behind(processes) as behind:
-        for quality in behind.map(finish, unfinished()):
-            curves.add(quality)
+    for quality in behind.map(finish, unfinished()):
+        curves.add(quality)
     if unlabelled:
         some = ", ".join(unlabelled[:10]) + (", ..." if len(unlabelled) > 10 else "")
         say(f"warning: {len(unlabelled)} images have no label, so their masks are background alone: {some}")
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """So many for torch on the CPU: the network takes about as long as the CRFs, which need cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(number, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run(config: Config, data: str, weights: Path, out: Path, shards: str | None = None) -> Path:
@@ -79,8 +92,11 @@ def write(task: Task, index: Index, part: str | None, weights: Path, out: Path) 
     samples = StoredSamples(index, missing, config.data.workers)
     board = task.run / "tensorboard" / out.name / ("" if part is None else f"shards-{part.replace(':', '-')}")
     curves = Curves(board, len(entries) - len(missing))
+    cores = len(os.sched_getaffinity(0))
+    processes = cores if config.pseudo.processes is None else config.pseudo.processes
     try:
-        write_masks(predictor, config, tqdm(samples, "masks", unit=" images", disable=None), out, curves)
+        with Behind(processes) as behind, threads(max(cores // 2, 1) if processes else cores):
+            write_masks(predictor, config, tqdm(samples, "masks", unit=" images", disable=None), out, curves, behind)
     except NotFinite as error:
         raise ValueError(f"{weights}: {error}") from None
     finally:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from weakclip import crf
+from weakclip.config import CrfConfig
 from weakclip.labels import IGNORE
 
 
@@ -25,6 +27,23 @@ def cam_to_seed(maps_nHW: np.ndarray, classes: Sequence[int], background: float,
     seed_HW[strongest_HW < foreground] = IGNORE
     seed_HW[strongest_HW < background] = 0
     return seed_HW
+
+
+def refined_seed(
+    maps_nHW: np.ndarray, classes: Sequence[int], image_HW3: np.ndarray, background: float, foreground: float, config: CrfConfig
+) -> np.ndarray:
+    """As `cam_to_seed`, but a dense CRF on the image decides at each threshold what is background: uint8 H x W.
+
+    A pixel is of the class that the CRF gives it at `foreground`, is background where it is so at both, and ignored elsewhere.
+    (IRN, Ahn et al., CVPR 2019: its confident areas.)
+    """
+    if not len(classes):
+        return np.zeros(maps_nHW.shape[1:], np.uint8)
+    names = np.array([0, *classes], np.uint8)
+    sure_HW, likely_HW = (
+        names[crf.refine(cam_to_probabilities(maps_nHW, threshold), image_HW3, config)] for threshold in (foreground, background)
+    )
+    return np.where((sure_HW == 0) & (likely_HW != 0), IGNORE, sure_HW).astype(np.uint8)
 
 
 def cam_to_probabilities(maps_nHW: np.ndarray, background: float) -> np.ndarray:

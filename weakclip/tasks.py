@@ -66,6 +66,12 @@ class Refine(Task):
 
     fixed = ("seed", "classes", "seeds", "augment", "clip", "prompts", "adapter", "matching", "decoder", "loss", "demo")
 
+    def __init__(self, config: Config) -> None:
+        """Raises ConfigError when seeds are to be refined that no stage makes."""
+        super().__init__(config)
+        if config.seeds.crf is not None and config.cam.data is None:
+            raise ConfigError("seeds.crf: the stage cam makes such seeds, but cam.data is null; set it, or leave seeds.crf out")
+
     def build(self, pretrained: bool) -> Trained:
         from weakclip.model import WeakCLIP
 
@@ -112,7 +118,7 @@ class Retrain(Task):
         network = build(config.retrain, len(self.names))
         if pretrained and config.retrain.pretrained is not None:
             network.load_pretrained(Path(config.retrain.pretrained))
-        return Segmentation(network, len(self.names), config.optim.head_lr, config.precision)
+        return Segmentation(network, len(self.names), config.retrain.head_lr, config.precision)
 
     def target(self, sample: OpenSample) -> np.ndarray:
         return masks.read_target(self.masks, sample.key, sample.size, len(self.names))

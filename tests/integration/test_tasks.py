@@ -24,7 +24,7 @@ RETRAIN = (
     "retrain.optim.warmup=2",
     "retrain.optim.lr=1e-3",
     "retrain.optim.min_lr=1e-3",
-    "retrain.optim.head_lr=3",
+    "retrain.head_lr=3",
 )
 TESTED = ("retrain.test.scales=[1.0]", "retrain.test.window=64", "retrain.test.stride=42")
 

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from weakclip import cam, cli
+from weakclip.config import ConfigError, CrfConfig, SeedConfig
 from weakclip.data.shard import Cam, Index, Sample, decode_sample, read_entry
-from weakclip.data.stream import StoredSamples
+from weakclip.data.stream import StoredSamples, cam_maps
 from weakclip.data.writing import Build
 from weakclip.prompts import PromptedClip
+from weakclip.seeds import refined_seed
+from weakclip.tasks import Refine
 
 NAMES = ("background", "cat", "dog", "cow")
 LABELS = [(1,), (1, 2), (), (2, 3), (1, 2, 3), (3,)]
@@ -96,10 +99,30 @@ def test_empty_maps_are_counted_by_class(labelled):
         maps_nhw[[index == 1 for index in sample.classes]] = 7
         return Cam(sample.classes, maps_nhw, 1.0)
 
-    load = cam.WithCam(labelled, of_cats_alone)
+    load = cam.WithCam(labelled, of_cats_alone, SeedConfig())
     for entry in labelled.entries:
         load(entry)
     assert load.warnings()[1] == "warning: 6 maps are empty, nothing was found of the class: dog 3, cow 3"
+
+
+def test_seeds_refined_by_a_crf_stand_beside_the_cams(config, labelled, tmp_path):
+    options = ("seeds.crf={iterations: 2}", "seeds.background=0.2", "seeds.foreground=0.6")
+    refined = config(*options)
+    cam.run(refined, None)
+    index = Index.load(refined.data.train)
+    for sample in StoredSamples(index, index.entries, 0):
+        if sample.classes:
+            wanted = refined_seed(cam_maps(sample), sample.cam.classes, sample.image, 0.2, 0.6, CrfConfig(iterations=2))
+            np.testing.assert_array_equal(sample.seed, wanted)
+        else:
+            assert sample.seed is None
+    with pytest.raises(ConfigError, match="cams is of another cam"):
+        cam.written(config(*options[:2], "seeds.foreground=0.5"), labelled)
+
+
+def test_refined_seeds_need_the_stage_that_makes_them(tiny_config):
+    with pytest.raises(ConfigError, match="^seeds.crf: the stage cam makes such seeds, but cam.data is null"):
+        Refine(tiny_config("seeds.crf={iterations: 2}"))
 
 
 @pytest.mark.parametrize("background", ["[boat, bus]", "[]"])

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weakclip.config import CrfConfig
 from weakclip.metrics import Counts, Scores, confusion
-from weakclip.seeds import cam_to_probabilities, cam_to_seed
+from weakclip.seeds import cam_to_probabilities, cam_to_seed, refined_seed
 from weakclip.torchvision_ops import declare_missing
 
 NAMES = ("background", "cat", "dog")
@@ -160,9 +161,21 @@ def test_a_seed_takes_the_strongest_class_is_ignored_in_between_and_background_b
     assert cam_to_seed(MAPS_2HW, (4, 7), 0.3).tolist() == [[0, 7, 4, 4]]  # a threshold that is reached is passed; first wins
 
 
+def test_a_refined_seed_is_what_the_crf_decides_at_both_thresholds():
+    image_HW3 = np.full((8, 40, 3), 128, np.uint8)
+    map_HW = np.repeat([0.9, 0.9, 0.5, 0.5, 0.1], 8)[None].repeat(8, 0).astype(np.float32)
+    map_HW[4, 4] = 0.1  # a speck, which the CRF removes
+    seed_HW = refined_seed(map_HW[None], (4,), image_HW3, 0.3, 0.7, CrfConfig(bilateral_compat=0))
+    assert cam_to_seed(map_HW[None], (4,), 0.3, 0.7)[4, 4] == 0
+    assert np.unique(seed_HW[:, :14]).tolist() == [4] and np.unique(seed_HW[:, 34:]).tolist() == [0]
+    assert np.unique(seed_HW[:, 18:30]).tolist() == [255]
+
+
 def test_without_classes_all_is_background():
     seed_HW = cam_to_seed(np.zeros((0, 2, 3), np.float32), (), 0.3)
     assert seed_HW.shape == (2, 3) and seed_HW.dtype == np.uint8 and not seed_HW.any()
+    refined_HW = refined_seed(np.zeros((0, 2, 3), np.float32), (), np.zeros((2, 3, 3), np.uint8), 0.3, 0.3, CrfConfig())
+    assert refined_HW.shape == (2, 3) and refined_HW.dtype == np.uint8 and not refined_HW.any()
 
 
 def test_probabilities_of_activation_maps_sum_to_one_with_the_background_first():

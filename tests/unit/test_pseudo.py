@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from weakclip import infer, labels, masks, pseudo
 from weakclip import weights as stored
 from weakclip.archives import ArchiveError
+from weakclip.behind import Behind
 from weakclip.config import ConfigError, save
 from weakclip.data.shard import ShardError
 from weakclip.data.stream import StoredSamples
@@ -209,7 +210,8 @@ def test_masks_that_are_there_are_kept_and_only_missing_ones_are_written(tiny_co
 def test_a_mask_that_another_job_wrote_meanwhile_is_kept(tiny_config, tiny_model, shards, tmp_path):
     samples = [*StoredSamples(shards, shards.entries, 0)]
     (tmp_path / "image_1.png").write_bytes(b"kept")
-    pseudo.write_masks(tiny_model().predictor(), tiny_config(NO_CRF), samples, tmp_path, Curves(tmp_path / "board", 0))
+    curves = Curves(tmp_path / "board", 0)
+    pseudo.write_masks(tiny_model().predictor(), tiny_config(NO_CRF), samples, tmp_path, curves, Behind(0))
     assert len(written(tmp_path)) == 3 and written(tmp_path)["image_1.png"] == b"kept"
 
 

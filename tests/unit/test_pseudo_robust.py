@@ -179,7 +179,7 @@ def test_other_errors_of_the_network_are_not_taken_for_want_of_memory(tiny_confi
 def test_curves_and_the_last_line_say_how_it_went(tiny_config, weights, make_shards, tmp_path, capsys):
     many = make_shards(tmp_path / "set", 25, 25)
     config = tiny_config(NO_CRF)
-    out = pseudo.run(config, str(many.root), weights, tmp_path / "out", "0:1")
+    out = pseudo.run(config, str(many.root), weights, tmp_path / "pseudo", "0:1")
     board = EventAccumulator(str(Path(config.run) / "tensorboard/pseudo/shards-0-1"), size_guidance={"histograms": 0}).Reload()
     assert {"images_per_second", "entropy", "seed_agreement_percent"} <= {*board.Tags()["scalars"]}
     assert [point.step for point in board.Scalars("entropy")] == [20, 25]
