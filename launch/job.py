@@ -28,7 +28,10 @@ class StageJob:
     requeues: int
 
     def __call__(self) -> None:
-        from weakclip.interrupt import Interrupted  # with torch, which takes seconds that no one needs to wait who submits
+        from weakclip.interrupt import (  # with torch, which takes seconds that no one needs to wait who submits
+            Interrupted,
+            nothing_left_to_save,
+        )
 
         # submitit's handler of USR2: rank 0 calls checkpoint(), puts the job into the queue again and ends. A training replaces
         # it, so as to save first, and comes back to it.
@@ -45,6 +48,7 @@ class StageJob:
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
+        nothing_left_to_save()
 
     def checkpoint(self) -> DelayedSubmission:
         """The job as it begins anew."""

@@ -57,6 +57,11 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
+def nothing_left_to_save() -> None:
+    """For a process whose work is done: as Python ends, a signal that comes late would make it, and so its job, a failed one."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
 def obey_only_the_parent(_worker: int) -> None:
     """For a loader's process, begun in `held_back`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,9 +17,15 @@ from weakclip.config import ClipConfig, ConfigError
 from weakclip.torchvision_ops import declare_missing
 
 declare_missing()
+# Where transformers is installed open_clip imports it, for text towers that no CLIP here has: half of the time that a job takes
+# to start. What is None in sys.modules counts as not installed.
+hidden = sys.modules.setdefault("transformers", None) is None  # type: ignore[arg-type]
 
 import open_clip
 from open_clip.pretrained import get_pretrained_url
+
+if hidden:
+    del sys.modules["transformers"]
 
 DEMO = Path(__file__).parent / "assets" / "demo_clip"
 

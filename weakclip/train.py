@@ -21,7 +21,7 @@ from weakclip import run as runs
 from weakclip.data.shard import Index
 from weakclip.data.stream import open_index, training_batches
 from weakclip.engine import Engine, World
-from weakclip.interrupt import Interrupted, Interruption
+from weakclip.interrupt import Interrupted, Interruption, nothing_left_to_save
 from weakclip.monitor import Monitor
 from weakclip.tasks import TASKS, Task
 from weakclip.validation import validate
@@ -111,6 +111,7 @@ def main(arguments: Sequence[str]) -> None:
         run(TASKS[options.stage](config), options.resume == "auto")
     except Interrupted:
         sys.exit(os.EX_TEMPFAIL)
+    nothing_left_to_save()
 
 
 if __name__ == "__main__":

@@ -69,3 +69,18 @@ def test_loader_processes_survive_others_signals_and_end_with_their_rank(signals
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("[") == 9
+
+
+def test_a_signal_that_comes_after_the_work_does_not_make_it_a_failure():
+    """Python gives signals their usual effect back as it ends, before the process has ended."""
+    script = """
+import os, signal
+from weakclip.interrupt import SIGNALS, nothing_left_to_save
+for number in SIGNALS:
+    signal.signal(number, lambda *_: None)
+nothing_left_to_save()
+for number in SIGNALS:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+"""
+    assert subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_a_retraining_that_was_broken_off_goes_on_under_another_zero_stage(train
     def retrain(folder, stage, steps):
         deepspeed = f"retrain.train.deepspeed=configs/deepspeed/zero{stage}.json"
         options = (deepspeed, f"retrain.train.steps={steps}", "retrain.optim.optimizer=sgd", "--resume=auto")
-        train(2, "retrain", *RETRAIN, *options, folder=folder)
+        train(0, "retrain", *RETRAIN, *options, folder=folder)
 
     shutil.copytree(begun.run, tmp_path / "broken")
     retrain(begun.run, stage=0, steps=4)
@@ -86,10 +87,11 @@ def test_a_retrained_network_is_tested_in_parts(train, begun, capsys, tmp_path):
     parts = (run / "scores-val.json").read_bytes()
     test.main(["--config", str(tmp_path / "recipe.yaml"), "--archive", str(tmp_path / "comp6.tar")])
     assert (run / "scores-val.json").read_bytes() == parts
-    shutil.unpack_archive(tmp_path / "comp6.tar", tmp_path / "archive", filter="data")
-    unpacked = tmp_path / "archive/results/VOC2012/Segmentation/comp6_test_cls"
-    for path in (run / "masks-val").glob("*.png"):
-        assert (unpacked / path.name).read_bytes() == path.read_bytes()
+    with tarfile.open(tmp_path / "comp6.tar") as archive:
+        found = {member.name: archive.extractfile(member).read() for member in archive}
+    masks_of_val = (run / "masks-val").glob("*.png")
+    folder = "results/VOC2012/Segmentation/comp6_test_cls"
+    assert found == {f"{folder}/{path.name}": path.read_bytes() for path in masks_of_val}
 
 
 CLASSIFY = (
@@ -107,7 +109,7 @@ CLASSIFY = (
 def test_mctformer_learns_from_labels_and_makes_the_cams(train, tiny_config, shards, tmp_path):
     where = (f"cam.data={shards.root}", f"data.train={tmp_path}/cams", "data.val=null")
     config = tiny_config(*where, *CLASSIFY)
-    train(2, "classify", *where, *CLASSIFY)
+    train(0, "classify", *where, *CLASSIFY)
     run = Classify(config).run
     assert run == tmp_path / "run/classify" and set(metrics(run, "loss/patch")) == {3}
     for part in ("0:1", "1:3"):
