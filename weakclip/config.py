@@ -216,6 +216,8 @@ class OptimConfig:
     """adamw, or sgd with momentum 0.9."""
     lr: float = 1e-4
     weight_decay: float = 3e-5
+    decay: str = "all"
+    """What weight_decay acts on: all, or the weights of linear layers and convolutions alone (no bias, norm or embedding)."""
     schedule: str = "cosine"
     """How the learning rate falls: cosine, or poly (a power of the share that is left)."""
     power: float = 0.9
@@ -229,6 +231,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.optimizer in ("adamw", "sgd"), "optim.optimizer must be adamw or sgd")
+        _require(self.decay in ("all", "weights"), "optim.decay must be all or weights")
         _require(self.schedule in ("cosine", "poly"), "optim.schedule must be cosine or poly")
         _require(self.lr > 0 and self.power > 0, "optim.lr and optim.power must be positive")
         _require(0 <= self.min_lr <= self.lr, "optim.min_lr must lie in 0..optim.lr")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 # DeepSpeed calls collectives that torch has renamed, with a warning at every step.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -30,7 +30,7 @@ from weakclip.data.stream import Batch
 from weakclip.data.transforms import distort
 from weakclip.files import write_whole
 from weakclip.run import checkpoints
-from weakclip.trained import Group, Targets, Trained
+from weakclip.trained import Targets, Trained
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,18 @@ def learning_rate_factor(step: int, config: OptimConfig, steps: int) -> float:
     return (low + (1 - low) * course) * warm
 
 
-def make_optimizer(groups: Sequence[Group], config: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: Trained, config: OptimConfig) -> torch.optim.Optimizer:
     """The one that the config asks for."""
-    settings = [{"params": group.parameters, "lr": config.lr * group.lr} for group in groups]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(settings, momentum=0.9, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(settings, weight_decay=config.weight_decay)
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    weights = {id(module.weight) for module in model.modules() if isinstance(module, layers)}
+    settings = []
+    for group in model.groups():
+        decayed = [p for p in group.parameters if config.decay == "all" or id(p) in weights]
+        rest = [p for p in group.parameters if config.decay != "all" and id(p) not in weights]
+        for parameters, decay in ((decayed, config.weight_decay), (rest, 0.0)):
+            if parameters:
+                settings.append({"params": parameters, "lr": config.lr * group.lr, "weight_decay": decay})
+    return torch.optim.SGD(settings, momentum=0.9) if config.optimizer == "sgd" else torch.optim.AdamW(settings)
 
 
 class Engine:
@@ -95,7 +101,7 @@ class Engine:
         done = self.step
         self._engine, *_ = deepspeed.initialize(
             model=synchronise(model, world.device),
-            optimizer=make_optimizer(model.groups(), config.optim),
+            optimizer=make_optimizer(model, config.optim),
             lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(
                 wrapped, lambda more: learning_rate_factor(done + more, config.optim, config.train.steps)
             ),

@@ -1,4 +1,4 @@
-"""The paper's tables beside a run's figures: `python -m weakclip.report RUN`.
+"""The paper's tables beside a run's figures: `python -m weakclip.report RUN`; of several runs, one table with a row for each.
 
 It reads what the stages left in RUN; what was not run, or is not published, is "-".
 """
@@ -65,6 +65,22 @@ def report(run: Path) -> str:
     tables = [masks(run, paper), comparison(run, paper), per_class(run, paper, classes), *sweeps(run, paper), cost(run, paper)]
     heading = f"{run}, classes: {classes}" + ("" if paper.comparison else " (the paper has no figures for them)")
     return "\n\n".join([heading, *(str(table) for table in tables if table.has_figures())])
+
+
+def compare(runs: Sequence[Path]) -> Table:
+    """From labels to masks, a row a run: on its training pictures until the pseudo masks, then its retrained networks.
+
+    Raises ValueError as `report` does.
+    """
+    for run in runs:
+        class_list(run)
+    rows = [
+        (str(run), *(read(run / f"scores-{what}.json").miou for what in ("cam", "seeds", "masks")),
+         *(retrained(run, name, "val").miou for name in NETWORKS))
+        for run in runs
+    ]  # fmt: skip
+    header = ("run", "CAM", "seeds", "pseudo masks", *(f"{name} val" for name in NETWORKS))
+    return Table("mIoU (%)", header, rows)
 
 
 def class_list(run: Path) -> str:
@@ -191,8 +207,9 @@ def _beside(
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m weakclip.report", description="The paper's tables beside a run's figures.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, such as runs/voc")
-    print(report(parser.parse_args(arguments).run))
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory, such as runs/voc; several: one table")
+    runs = parser.parse_args(arguments).runs
+    print(compare(runs) if len(runs) > 1 else report(runs[0]))
 
 
 if __name__ == "__main__":

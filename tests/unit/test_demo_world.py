@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from weakclip import pretrained
 from weakclip.config import ClipConfig
-from weakclip.demo import clip, world
+from weakclip.demo import clip, supply, world
 from weakclip.labels import DEMO
 from weakclip.pretrained import load_clip, pack_tokens, unpack_tokens
 
@@ -25,7 +25,7 @@ def test_the_same_arguments_give_the_same_picture(pictures):
     assert (again.classes, again.captions) == (pictures[3].classes, pictures[3].captions)
 
 
-@pytest.mark.parametrize("other", [(8, 3, False), (7, 4, False), (7, 3, True), (clip.TRAIN_SEED + 7, 3, False)])
+@pytest.mark.parametrize("other", [(8, 3, False), (7, 4, False), (7, 3, True), (supply.TRAIN_SEED + 7, 3, False)])
 def test_another_seed_index_or_mode_gives_another_picture(pictures, other):
     seed, index, close_up = other
     assert not np.array_equal(world.picture(seed, index, close_up=close_up).image, pictures[3].image)
@@ -80,7 +80,7 @@ def test_the_shipped_clip_is_small_and_embeds_pictures_and_names(pictures):
     assert (SHIPPED / "open_clip_model.safetensors").stat().st_size < 15e6
     model, tokenizer = load_clip(ClipConfig(None, "demo")).eval(), clip.open_clip.SimpleTokenizer(context_length=48)
     with torch.inference_mode():
-        whole, patches, blocks = clip.encode_patches(model, clip.network_input(np.stack([p.image for p in pictures[:4]])))
+        whole, patches, blocks = clip.encode_patches(model, supply.network_input(np.stack([p.image for p in pictures[:4]])))
         names = clip.encode_texts(model, tokenizer(list(DEMO)))
         assert torch.allclose(names, model.encode_text(tokenizer(list(DEMO)), normalize=True), atol=1e-4)
     assert whole.shape == (4, names.shape[1]) and patches.shape == (4, 144, names.shape[1]) and len(blocks) == 6

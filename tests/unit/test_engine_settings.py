@@ -6,9 +6,12 @@ import json
 import math
 
 import pytest
+import torch
 
-from weakclip.config import Config, ConfigError, OptimConfig
-from weakclip.engine import deepspeed_settings, learning_rate_factor
+from weakclip.config import Config, ConfigError, OptimConfig, RetrainConfig
+from weakclip.engine import deepspeed_settings, learning_rate_factor, make_optimizer
+from weakclip.networks import build
+from weakclip.networks.training import Segmentation
 from weakclip.run import checkpoints
 
 OPTIM = OptimConfig(lr=1e-4, min_lr=1e-6, warmup=1500)
@@ -31,6 +34,24 @@ def test_there_is_no_jump_where_the_warm_up_ends():
 def test_the_rate_stays_at_its_end_and_needs_no_warm_up():
     assert learning_rate_factor(99999, OPTIM, 20000) == pytest.approx(0.01)
     assert learning_rate_factor(0, OptimConfig(warmup=0), 100) == 1.0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("decay, undecayed", [("all", set()), ("weights", {"norm", "bias"})])
+def test_weight_decay_spares_what_is_no_weight_of_a_layer(optimizer, decay, undecayed):
+    network = Segmentation(build(RetrainConfig("resnet38", "narrow"), 3), 3, 10.0, "fp32")
+    made = make_optimizer(network, OptimConfig(optimizer, lr=0.5, weight_decay=0.25, decay=decay))
+    kinds = {
+        id(module.weight): "norm" if isinstance(module, torch.nn.BatchNorm2d) else "layer"
+        for module in network.modules()
+        if hasattr(module, "weight")
+    }
+    spared = {kinds.get(id(p), "bias") for group in made.param_groups for p in group["params"] if not group["weight_decay"]}
+    decayed = {kinds.get(id(p), "bias") for group in made.param_groups for p in group["params"] if group["weight_decay"]}
+    assert spared == undecayed and decayed == {"layer", "norm", "bias"} - undecayed
+    head = {id(p) for p in network.network.head_parameters()}
+    assert all(group["lr"] == (5.0 if id(p) in head else 0.5) for group in made.param_groups for p in group["params"])
+    assert sum(len(group["params"]) for group in made.param_groups) == len([*network.parameters()])
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -276,3 +276,23 @@ def test_a_table_aligns_text_to_the_left_and_numbers_to_the_right():
         "a     longer text     12  3.1",
         "long  b                -    -",
     ]
+
+
+def test_several_runs_are_one_table(run, tmp_path, capsys):
+    first = run("demo")
+    for path, miou in (("scores-cam.json", 40.0), ("scores-masks.json", 54.3), ("retrain/segmenter/scores-val.json", 55.5)):
+        write(first / path, {"miou": miou})
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("classes: demo\n")
+    report.main([str(first), str(other)])
+    _, header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split("  ")[0] == "run" and header.split()[1:] == (
+        ["CAM", "seeds", "pseudo", "masks", "resnet38", "val", "segmenter", "val", "segformer", "val"]
+    )
+    assert [line.split() for line in lines] == [
+        [str(first), "40.0", "-", "54.3", "-", "55.5", "-"],
+        [str(other), *"------"],
+    ]
+    with pytest.raises(ValueError, match="nothing: no run directory"):
+        report.main([str(first), str(tmp_path / "nothing")])

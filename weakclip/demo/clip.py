@@ -18,13 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +30,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from weakclip import cli
 from weakclip.config import ClipConfig
 from weakclip.data.transforms import IMAGENET
 from weakclip.demo import world
+from weakclip.demo.supply import PROBE_SEED, TEST_SEED, TRAIN_SEED, Captions, Pool, clock, drawing_process, network_input
 from weakclip.labels import DEMO
 from weakclip.metrics import Scores, confusion
 from weakclip.pretrained import load_clip, open_clip, pack_tokens
@@ -52,7 +49,6 @@ MODEL_CFG: dict[str, Any] = {
     "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
 }
 TAPS = (1, 2, 3, 5)  # blocks the probe reads: the method's 3, 5, 7, 11 of twelve, scaled to six
-TRAIN_SEED, PROBE_SEED, TEST_SEED = 10**9, 2 * 10**9, 3 * 10**9  # scored demo pictures have seeds up to 10**6
 GROUND_NOUNS = (*world.GROUNDS, *world.CLUTTER)
 NOUNS = (*DEMO[1:], *GROUND_NOUNS)
 
@@ -76,11 +72,6 @@ def ship(model: open_clip.CLIP, ids: Tensor, folder: Path) -> None:
 
 
 # Both towers ----------------------------------------------------------------------------------------------------------
-
-
-def network_input(images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] -> normalised float [B, 3, H, W]."""
-    return IMAGENET.apply(torch.from_numpy(images).permute(0, 3, 1, 2).float())
 
 
 def encode_patches(model: open_clip.CLIP, images_B3HW: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -113,44 +104,7 @@ def encode_texts(model: open_clip.CLIP, ids_UN: Tensor) -> Tensor:
     return F.normalize(ended @ model.text_projection, dim=-1)
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
-
-Captions = tuple[str, ...]
-
-
-def _draw(seed: int, start: int, count: int, size: int, close_up: bool) -> tuple[np.ndarray, list[Captions]]:
-    pictures = [world.picture(seed, start + i, size, close_up=close_up) for i in range(count)]
-    return np.stack([p.image for p in pictures]), [p.captions for p in pictures]
-
-
-class Pool:
-    """The latest `room` pictures of an endless series; a worker draws `fresh` new ones for every batch taken.
-
-    Drawing a picture costs about as much as learning from it, so each one is used a few times.
-    """
-
-    def __init__(self, worker: ProcessPoolExecutor, seed: int, size: int, close_up: bool, fresh: int, room: int = 4096):
-        self.worker, self.series, self.fresh, self.room = worker, (size, close_up), fresh, room
-        self.seed, self.drawn = seed, 0
-        self.images = np.empty((room, size, size, 3), np.uint8)
-        self.captions: list[Captions] = [()] * room
-        self._order(512)
-        self._receive()
-
-    def _order(self, count: int) -> None:
-        self.coming = self.worker.submit(_draw, self.seed, self.drawn, count, *self.series)
-
-    def _receive(self) -> None:
-        for image, captions in zip(*self.coming.result(), strict=True):
-            self.images[self.drawn % self.room], self.captions[self.drawn % self.room] = image, captions
-            self.drawn += 1
-        self._order(self.fresh)
-
-    def take(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Captions]]:
-        """`count` different pictures of the pool: uint8 [B, H, W, 3] and their captions."""
-        self._receive()
-        chosen = rng.choice(min(self.drawn, self.room), count, replace=False)
-        return self.images[chosen], [self.captions[i] for i in chosen]
+# Mosaics --------------------------------------------------------------------------------------------------------------
 
 
 def mosaics(images: np.ndarray) -> np.ndarray:
@@ -299,7 +253,7 @@ def train(folder: Path, minutes: float, seed: int) -> Trainer:
         trainer.restore(state)
     rng = np.random.default_rng((seed, trainer.step))
     total, saved = 60 * minutes, trainer.seconds
-    with _worker() as worker, _bar(total, trainer.seconds) as bar:
+    with drawing_process() as worker, clock("demo CLIP", total, trainer.seconds) as bar:
         series = TRAIN_SEED + 1000 * seed + trainer.step  # after an interruption the pictures are new ones
         close_ups, whole = Pool(worker, series, 96, True, fresh=16), Pool(worker, series, 192, False, fresh=6)
         while trainer.seconds < total:
@@ -323,16 +277,6 @@ def _next_batch(close_ups: Pool, whole: Pool, trainer: Trainer, total: float, rn
         return Batch(*whole.take(16, rng), mosaic=False)
     images, captions = close_ups.take(64, rng)
     return Batch(mosaics(images), captions, mosaic=True)
-
-
-def _worker() -> ProcessPoolExecutor:
-    """One process without torch that draws pictures when the training leaves it time to."""
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=os.nice, initargs=(10,))
-
-
-def _bar(total: float, done: float) -> tqdm:
-    shape = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, {remaining} left{postfix}"
-    return tqdm(total=total, initial=done, desc="demo CLIP", bar_format=shape, mininterval=1)
 
 
 # Quality --------------------------------------------------------------------------------------------------------------

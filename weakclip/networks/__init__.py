@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
 _DEITS = [f"deit_{size}{distilled}_patch16_224" for distilled in ("", "_distilled") for size in ("tiny", "small", "base")]
 NETWORKS = {
-    "resnet38": Entry("resnet38", "ResNet38", "wide", {"wide": {"width": 64}, "narrow": {"width": 16}}),
+    "resnet38": Entry("resnet38", "ResNet38", "wide", {"wide": {"width": 64}, "narrow": {"width": 8}}),
     "segmenter": Entry("segmenter", "Segmenter", "deit_small_patch16_224", {name: {"backbone": name} for name in _DEITS}, True),
     "segformer": Entry("segformer", "SegFormer", "b2", {f"b{size}": {"backbone": f"b{size}"} for size in range(6)}),
 }

@@ -3,9 +3,9 @@
 Xie et al. (NeurIPS 2021, arXiv 2105.15203), table 6 of the appendix; released code: NVlabs/SegFormer.
 
 Recipe: WeakCLIP does not publish that of its retraining. SegFormer's own, on ADE20K (local_configs/segformer/B2): AdamW, betas
-0.9 and 0.999, weight decay 0.01 (none on norms), learning rate 6e-5, the head's 10 x, linear warm-up over 1,500 steps from
-1e-6 x, then linearly to 0 (poly, power 1), batch 16 (8 GPUs x 2), 160,000 steps; image (2048, 512) times 0.5..2, crop 512 with
-no class above 75 %, flip, photometric distortion. Test: short side 512 to multiples of 32, whole image.
+0.9 and 0.999, weight decay 0.01 (none on norms; here none on biases either), learning rate 6e-5, the head's 10 x, linear warm-up
+over 1,500 steps from 1e-6 x, then linearly to 0 (poly, power 1), batch 16 (8 GPUs x 2), 160,000 steps; image (2048, 512) times
+0.5..2, crop 512 with no class above 75 %, flip, photometric distortion. Test: short side 512 to multiples of 32, whole image.
 """
 
 from __future__ import annotations

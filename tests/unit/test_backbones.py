@@ -1,0 +1,44 @@
+"""The synthetic world's backbones: files that the networks' readers take, and labels that pictures carry."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from weakclip.config import AugmentConfig, RetrainConfig
+from weakclip.demo import backbones, supply, world
+from weakclip.labels import DEMO
+from weakclip.networks import build
+from weakclip.networks.mctformer import MCTformer
+
+NETWORKS = {
+    "deit_tiny": ("segmenter", "deit_tiny_patch16_224"),
+    "mit_b0": ("segformer", "b0"),
+    "resnet38_narrow": ("resnet38", "narrow"),
+}
+
+
+@pytest.mark.parametrize("name", backbones.BACKBONES)
+def test_a_backbone_names_things_and_its_file_is_read_like_a_published_one(name, tmp_path):
+    backbone = backbones.BACKBONES[name]()
+    with torch.inference_mode():
+        assert backbone.logits(torch.zeros(2, 3, 96, 96)).shape == (2, len(backbones.LABELS))
+    backbone.write(tmp_path)
+    network, size = NETWORKS[name]
+    built = build(RetrainConfig(network, size, augment=AugmentConfig(crop=192)), len(DEMO))
+    built.load_pretrained(tmp_path / "model.safetensors")
+    written = {tensor.sum().item() for tensor in load_file(tmp_path / "model.safetensors").values() if tensor.ndim == 4}
+    assert written <= {tensor.sum().item() for tensor in built.state_dict().values()}, "convolutions of the file"
+
+
+def test_mctformer_begins_from_the_same_file(tmp_path):
+    backbones.deit_tiny().write(tmp_path)
+    MCTformer(len(DEMO), "deit_tiny_patch16_224", 192).load_pretrained(tmp_path / "model.safetensors")
+
+
+def test_labels_are_what_a_picture_shows():
+    pictures = [world.picture(supply.BACKBONE_SEED, index) for index in range(8)]
+    true_BA = backbones.multi_hot([picture.captions for picture in pictures])
+    for picture, row in zip(pictures, true_BA, strict=True):
+        assert {DEMO.index(name) for name in DEMO[1:] if row[backbones.LABELS.index(name)]} == set(picture.classes)
+        assert all(picture.captions.count(label) for label, here in zip(backbones.LABELS, row, strict=True) if here)
+        assert len(row.nonzero()) >= 3 * len(picture.classes), "of each thing its name, texture and colour"
