@@ -1,4 +1,6 @@
 # make demo   set up and run the whole pipeline on a synthetic world (ARGS="demo.seed=1 run=runs/demo-1" to vary it)
+# make clip   train the small CLIP that ships anew, into runs/demo-clip; goes on where it was stopped (ARGS="--minutes 120")
+# make backbones   train what the world's networks for retraining, and MCTformer, begin from, into runs/demo-backbones
 # make test   set up and run the tests
 # make lint   ruff and mypy
 
@@ -6,7 +8,7 @@ VENV ?= .venv
 PYTHON ?= python3
 READY = $(VENV)/ready
 
-.PHONY: demo test lint
+.PHONY: demo clip backbones test lint
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +17,12 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(VENV)/bin/python -m weakclip.demo --config configs/demo.yaml $(ARGS)
+
+clip: $(READY)
+	$(VENV)/bin/python -m weakclip.demo.clip --out runs/demo-clip $(ARGS)
+
+backbones: $(READY)
+	$(VENV)/bin/python -m weakclip.demo.backbones --out runs/demo-backbones $(ARGS)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n auto --dist loadscope --no-loadscope-reorder $(ARGS)  # the slow ones, in tests/integration, come first

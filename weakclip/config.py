@@ -401,7 +401,7 @@ class DemoConfig:
     """Training pictures; a quarter as many unseen ones."""
     seeds: str = "cam"
     """cam: train on class activation maps; exact: on the exact masks (the ceiling of model and budget)."""
-    cam_steps: int = 400
+    cam_steps: int = 150
     """Training steps of the small network whose activations are the CAMs."""
 
     def __post_init__(self) -> None:

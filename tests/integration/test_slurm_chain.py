@@ -12,6 +12,12 @@ from tests.integration.slurm_runs import STEPS, losses, masks
 pytest_plugins = ["tests.integration.slurm_runs"]
 pytestmark = pytest.mark.slurm
 
+RETRAIN = (
+    "retrain.network=segformer", "retrain.backbone=b0", "retrain.augment.crop=96", "retrain.train.steps=2",
+    "retrain.train.batch=1", "retrain.train.pictures=0", "retrain.train.validate_images=4", "retrain.test.scales=[1.0]",
+    "retrain.test.flip=false", "retrain.test.crf=null", "train.validate_images=4",
+)  # fmt: skip
+
 
 @pytest.fixture
 def trained(reference, tmp_path):
@@ -21,23 +27,27 @@ def trained(reference, tmp_path):
 
 def test_the_chain_gives_what_the_same_run_gives_without_slurm(cluster, submit, launch_tool, recipe, reference, tmp_path):
     built = tmp_path / "built"
-    jobs = submit("all", f"data.train={built}")
-    assert list(jobs) == ["shards", "train", "pseudo", "evaluate"]
+    made_alone = recipe.parent / "train"
+    jobs = submit("all", f"data.train={built}", f"data.val={made_alone}", *RETRAIN)
+    assert list(jobs) == ["shards", "train", "pseudo", "retrain", "test", "evaluate"]
     cluster.wait_until(lambda: set(cluster.state(jobs["evaluate"]).split(",")) == {"COMPLETED"}, 400, *jobs.values())
     run = tmp_path / "run"
-    made_alone = recipe.parent / "train"
     assert all((built / path.name).read_bytes() == path.read_bytes() for path in made_alone.glob("*.tar"))
     assert losses(run) == losses(reference)
     assert len(masks(run)) == 24 and masks(run) == masks(reference)
     assert json.loads((run / "scores-masks.json").read_text()) == json.loads((reference / "scores-masks.json").read_text())
+    retrained = run / "retrain" / "segformer"
+    assert len(list((retrained / "masks-val").glob("*.png"))) == 24
+    assert 0 <= json.loads((retrained / "scores-val.json").read_text())["miou"] <= 100
     again = launch_tool("submit", "--stage", "all", "--config", run / "config.yaml")
     assert [line.split(":")[0] for line in again.stdout.splitlines() if "skipped" in line] == list(jobs)
     shown = launch_tool("status", run).stdout
     assert (
-        shown.count("COMPLETED") == 4
+        shown.count("COMPLETED") == 6
         and f"{STEPS}/{STEPS} steps" in shown
+        and "2/2 steps" in shown
         and "24/24 images" in shown
-        and shown.count("6/6 shards") == 2
+        and shown.count("6/6 shards") == 3
     )
 
 

@@ -17,16 +17,18 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", backbones.BACKBONES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_backbone_names_things_and_its_file_is_read_like_a_published_one(name, tmp_path):
     backbone = backbones.BACKBONES[name]()
     with torch.inference_mode():
-        assert backbone.logits(torch.zeros(2, 3, 96, 96)).shape == (2, len(backbones.LABELS))
+        shape = backbone.maps(torch.zeros(2, 3, 96, 64)).shape
+        assert shape[:2] == (2, len(backbones.LABELS)) and 2 * shape[2] == 3 * shape[3]
     backbone.write(tmp_path)
     network, size = NETWORKS[name]
     built = build(RetrainConfig(network, size, augment=AugmentConfig(crop=192)), len(DEMO))
     built.load_pretrained(tmp_path / "model.safetensors")
-    written = {tensor.sum().item() for tensor in load_file(tmp_path / "model.safetensors").values() if tensor.ndim == 4}
+    found = load_file(tmp_path / "model.safetensors")
+    written = {tensor.sum().item() for key, tensor in found.items() if tensor.ndim == 4 and not key.startswith("fc8.")}
     assert written <= {tensor.sum().item() for tensor in built.state_dict().values()}, "convolutions of the file"
 
 

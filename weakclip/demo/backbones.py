@@ -2,8 +2,9 @@
 
 A few hundred pseudo masks teach a network with a random start next to nothing; real ones begin from a backbone that knows
 shapes and textures. Here each learns, from labels alone, what a picture shows and which texture and colour it has: ImageNet's
-labels, too, name things of all kinds, and their breeds. The files are in the formats of the libraries whose networks they are,
-so `retrain.pretrained` and `classify.pretrained` read them like any other.
+labels, too, name things of all kinds, and their breeds. The first, a small CNN, learns that fastest, and then says of the
+pictures' labels where they are true while the others learn. The files are in the formats of the libraries whose networks they
+are, so `retrain.pretrained` and `classify.pretrained` read them like any other.
 
     python -m weakclip.demo.backbones --out runs/demo-backbones
 """
@@ -19,12 +20,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from weakclip import cli
+from weakclip.config import ConfigError
 from weakclip.demo import supply, world
+from weakclip.demo.cam import CamNetwork
 from weakclip.demo.supply import Captions, Pool
 from weakclip.labels import DEMO
 from weakclip.networks import NETWORKS
@@ -43,45 +46,62 @@ PRIOR = -3.0  # what the bias of a label begins with: most are false of a pictur
 
 
 class Backbone(NamedTuple):
-    """A classifier of LABELS with the names of its library's file. Images [B, 3, H, W] -> logits [B, len(LABELS)]."""
+    """A classifier of LABELS with the names of its library's file."""
 
     network: nn.Module
-    logits: Callable[[Tensor], Tensor]
+    maps: Callable[[Tensor], Tensor]
+    """Images [B, 3, H, W] -> logits at each place of the last map, [B, A, h, w]; the picture's are their mean."""
     write: Callable[[Path], None]
     """Its model.safetensors, and what the library puts beside it, into a folder."""
 
 
-def deit_tiny() -> Backbone:
-    """timm's, with the mean of the patches in the place of the class token's output, so that patches learn what they show."""
-    network = timm.create_model(
-        "deit_tiny_patch16_224",
-        num_classes=len(LABELS),
-        img_size=192,
-        dynamic_img_size=True,
-        global_pool="avg",
-        fc_norm=False,  # norm stays in its place before the mean, under DeiT's name
-    )
-    nn.init.constant_(network.head.bias, PRIOR)
+def cam_cnn() -> Backbone:
+    """That of the network whose activations are the CAMs of `make demo`."""
+    network = CamNetwork(len(LABELS))
+    nn.init.constant_(network.classify.bias, PRIOR)  # type: ignore[arg-type]
     return Backbone(network, network, lambda folder: _write(network, folder))
+
+
+def deit_tiny() -> Backbone:
+    """timm's, with its classifier on the patches instead of the class token."""
+    network = timm.create_model("deit_tiny_patch16_224", num_classes=len(LABELS), img_size=192, dynamic_img_size=True)
+    nn.init.constant_(network.head.bias, PRIOR)
+
+    def maps(images_B3HW: Tensor) -> Tensor:
+        logits_BLA = network.head(network.forward_features(images_B3HW)[:, network.num_prefix_tokens :])
+        return logits_BLA.mT.unflatten(2, (images_B3HW.shape[2] // 16, images_B3HW.shape[3] // 16))
+
+    return Backbone(network, maps, lambda folder: _write(network, folder))
 
 
 def mit_b0() -> Backbone:
     """transformers' Mix Transformer, its sizes the library's defaults."""
     network = SegformerForImageClassification(SegformerConfig(num_labels=len(LABELS)))
     nn.init.constant_(network.classifier.bias, PRIOR)
-    return Backbone(network, lambda images_B3HW: network(images_B3HW).logits, network.save_pretrained)
+
+    def maps(images_B3HW: Tensor) -> Tensor:
+        return network.classifier(network.segformer(images_B3HW).last_hidden_state.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    return Backbone(network, maps, network.save_pretrained)
 
 
 def resnet38_narrow() -> Backbone:
     """Its trunk and a linear layer with the name that it has in the released file."""
     width = NETWORKS["resnet38"].backbones["narrow"]["width"]
-    trunk, fc8 = Trunk(width), nn.Linear(64 * width, len(LABELS))
-    nn.init.constant_(fc8.bias, PRIOR)
+    trunk, fc8 = Trunk(width), nn.Conv2d(64 * width, len(LABELS), 1)
+    nn.init.constant_(fc8.bias, PRIOR)  # type: ignore[arg-type]
     network = nn.ModuleDict({**dict(trunk.named_children()), "fc8": fc8})
-    return Backbone(network, lambda images_B3HW: fc8(trunk(images_B3HW).mean((2, 3))), lambda folder: _write(network, folder))
+    return Backbone(network, lambda images_B3HW: fc8(trunk(images_B3HW)), lambda folder: _write(network, folder))
 
 
-BACKBONES: dict[str, Callable[[], Backbone]] = {"deit_tiny": deit_tiny, "mit_b0": mit_b0, "resnet38_narrow": resnet38_narrow}
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "cam_cnn": cam_cnn,
+    "deit_tiny": deit_tiny,
+    "mit_b0": mit_b0,
+    "resnet38_narrow": resnet38_narrow,
+}
+ANNOTATOR = "cam_cnn"
+"""Of the others, so the first."""
 
 
 def _write(network: nn.Module, folder: Path) -> None:
@@ -97,8 +117,11 @@ def multi_hot(captions: Sequence[Captions]) -> Tensor:
     return true
 
 
-def train(backbone: Backbone, name: str, steps: int, seed: int) -> None:
-    """Train on the pictures of other worlds: first on close-ups of half the side, the last 40 % on whole pictures."""
+def train(backbone: Backbone, name: str, steps: int, seed: int, annotator: nn.Module | None) -> None:
+    """Train on the pictures of other worlds: first on close-ups of half the side, the last 40 % on whole pictures.
+
+    annotator: gives the labels of a picture to places in it (token labelling, Jiang et al., NeurIPS 2021); None: no places.
+    """
     parameters = list(backbone.network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.05)
@@ -107,14 +130,29 @@ def train(backbone: Backbone, name: str, steps: int, seed: int) -> None:
         close_ups, whole = Pool(worker, series, 96, True, fresh=8), Pool(worker, series, 192, False, fresh=4)
         for step in (bar := tqdm(range(steps), name, unit="step", disable=None)):
             images, captions = close_ups.take(32, rng) if step < 0.6 * steps else whole.take(12, rng)
-            logits_BA, true_BA = backbone.logits(supply.network_input(images)), multi_hot(captions)
-            loss = F.binary_cross_entropy_with_logits(logits_BA, true_BA, reduction="sum") / len(images)
+            x_B3HW, true_BA = supply.network_input(images), multi_hot(captions)
+            maps_BAhw = backbone.maps(x_B3HW)
+            loss = _error(maps_BAhw.mean((2, 3)), true_BA)
+            if annotator is not None:
+                loss = loss + _error(maps_BAhw, _places(annotator, x_B3HW, true_BA, maps_BAhw.shape[2:]))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def _error(logits: Tensor, true: Tensor) -> Tensor:
+    """Binary cross-entropy: the sum over labels (dimension 1), the mean over all else."""
+    return F.binary_cross_entropy_with_logits(logits, true, reduction="sum") * logits.shape[1] / logits.numel()
+
+
+@torch.no_grad()
+def _places(annotator: nn.Module, x_B3HW: Tensor, true_BA: Tensor, size: Sequence[int]) -> Tensor:
+    """How far each of a picture's labels is true of each place, [B, A, h, w]."""
+    found_BAhw = annotator(x_B3HW).sigmoid() * true_BA[:, :, None, None]
+    return F.interpolate(found_BAhw, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -127,12 +165,24 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--only", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     options = parser.parse_args(arguments)
     for name in options.only:
+        folder = options.out / name
+        if (folder / "model.safetensors").is_file():
+            print(f"{folder} is there")
+            continue
         torch.manual_seed(options.seed)
         backbone = BACKBONES[name]()
-        train(backbone, name, options.steps, options.seed)
-        folder = options.out / name
+        train(backbone, name, options.steps, options.seed, None if name == ANNOTATOR else _annotator(options.out))
         folder.mkdir(parents=True, exist_ok=True)
         backbone.write(folder)
+
+
+def _annotator(folder: Path) -> nn.Module:
+    network = CamNetwork(len(LABELS))
+    path = folder / ANNOTATOR / "model.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; train it first, with --only {ANNOTATOR}")
+    network.load_state_dict(load_file(path))
+    return network.eval()
 
 
 if __name__ == "__main__":

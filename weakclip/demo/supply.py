@@ -23,7 +23,8 @@ Captions = tuple[str, ...]
 
 def network_input(images: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] -> normalised float [B, 3, H, W]."""
-    return IMAGENET.apply(torch.from_numpy(images).permute(0, 3, 1, 2).float())
+    # Contiguous: torch 2.13's dilated convolutions crash in the backward pass of channels-last images on CPU.
+    return IMAGENET.apply(torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous())
 
 
 def _draw(seed: int, start: int, count: int, size: int, close_up: bool) -> tuple[np.ndarray, list[Captions]]:
