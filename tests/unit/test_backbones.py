@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from weakclip.config import AugmentConfig, RetrainConfig
-from weakclip.demo import backbones, supply, world
+from weakclip.demo import annotator, backbones, supply, world
 from weakclip.labels import DEMO
 from weakclip.networks import build
 from weakclip.networks.mctformer import MCTformer
@@ -22,7 +22,7 @@ def test_a_backbone_names_things_and_its_file_is_read_like_a_published_one(name,
     backbone = backbones.BACKBONES[name]()
     with torch.inference_mode():
         shape = backbone.maps(torch.zeros(2, 3, 96, 64)).shape
-        assert shape[:2] == (2, len(backbones.LABELS)) and 2 * shape[2] == 3 * shape[3]
+        assert shape[:2] == (2, len(annotator.LABELS)) and 2 * shape[2] == 3 * shape[3]
     backbone.write(tmp_path)
     network, size = NETWORKS[name]
     built = build(RetrainConfig(network, size, augment=AugmentConfig(crop=192)), len(DEMO))
@@ -39,8 +39,8 @@ def test_mctformer_begins_from_the_same_file(tmp_path):
 
 def test_labels_are_what_a_picture_shows():
     pictures = [world.picture(supply.BACKBONE_SEED, index) for index in range(8)]
-    true_BA = backbones.multi_hot([picture.captions for picture in pictures])
+    true_BA = annotator.multi_hot([picture.captions for picture in pictures])
     for picture, row in zip(pictures, true_BA, strict=True):
-        assert {DEMO.index(name) for name in DEMO[1:] if row[backbones.LABELS.index(name)]} == set(picture.classes)
-        assert all(picture.captions.count(label) for label, here in zip(backbones.LABELS, row, strict=True) if here)
+        assert {DEMO.index(name) for name in DEMO[1:] if row[annotator.LABELS.index(name)]} == set(picture.classes)
+        assert all(picture.captions.count(label) for label, here in zip(annotator.LABELS, row, strict=True) if here)
         assert len(row.nonzero()) >= 3 * len(picture.classes), "of each thing its name, texture and colour"

@@ -20,16 +20,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from weakclip import cli
-from weakclip.config import ConfigError
-from weakclip.demo import supply, world
+from weakclip.demo import supply
+from weakclip.demo.annotator import LABELS, load, multi_hot
 from weakclip.demo.cam import CamNetwork
-from weakclip.demo.supply import Captions, Pool
-from weakclip.labels import DEMO
+from weakclip.demo.supply import Pool
 from weakclip.networks import NETWORKS
 from weakclip.networks.resnet38 import Trunk
 from weakclip.torchvision_ops import declare_missing
@@ -39,8 +38,6 @@ declare_missing()
 import timm
 from transformers import SegformerConfig, SegformerForImageClassification
 
-THINGS = (*DEMO[1:], *world.CLUTTER)
-LABELS = (*THINGS, *world.GROUNDS, *(f"a {look} {thing}" for thing in THINGS for look in (*world.TEXTURES, *world.BODY_COLOURS)))
 PEAK_LR = 1e-3
 PRIOR = -3.0  # what the bias of a label begins with: most are false of a picture
 
@@ -108,15 +105,6 @@ def _write(network: nn.Module, folder: Path) -> None:
     save_file(network.state_dict(), folder / "model.safetensors")
 
 
-def multi_hot(captions: Sequence[Captions]) -> Tensor:
-    """float [B, len(LABELS)]: 1 where a label is among a picture's captions."""
-    column = {label: number for number, label in enumerate(LABELS)}
-    true = torch.zeros(len(captions), len(LABELS))
-    for row, own in zip(true, captions, strict=True):
-        row[[column[caption] for caption in own if caption in column]] = 1
-    return true
-
-
 def train(backbone: Backbone, name: str, steps: int, seed: int, annotator: nn.Module | None) -> None:
     """Train on the pictures of other worlds: first on close-ups of half the side, the last 40 % on whole pictures.
 
@@ -171,18 +159,15 @@ def main(arguments: Sequence[str]) -> None:
             continue
         torch.manual_seed(options.seed)
         backbone = BACKBONES[name]()
-        train(backbone, name, options.steps, options.seed, None if name == ANNOTATOR else _annotator(options.out))
+        train(
+            backbone,
+            name,
+            options.steps,
+            options.seed,
+            None if name == ANNOTATOR else load(options.out / ANNOTATOR / "model.safetensors"),
+        )
         folder.mkdir(parents=True, exist_ok=True)
         backbone.write(folder)
-
-
-def _annotator(folder: Path) -> nn.Module:
-    network = CamNetwork(len(LABELS))
-    path = folder / ANNOTATOR / "model.safetensors"
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; train it first, with --only {ANNOTATOR}")
-    network.load_state_dict(load_file(path))
-    return network.eval()
 
 
 if __name__ == "__main__":

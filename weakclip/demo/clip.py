@@ -5,7 +5,7 @@ segmentation: a head is all it takes to say "cat". Two more objectives make the 
 
 * every short phrase ("a striped brown cat", "a red head", "grass") must be found by some patches of the pictures it is
   true of, and by no patch of the others;
-* every single patch must choose, among all nouns, one that occurs in its picture's caption.
+* every single patch must choose, among all nouns, what a CNN that learnt those nouns from whole captions finds there.
 
 Half of the pictures are mosaics of four close-ups, each a picture with its own caption, so that a patch that knows its
 neighbours' caption but not its own is wrong.
@@ -35,6 +35,8 @@ from weakclip import cli
 from weakclip.config import ClipConfig
 from weakclip.data.transforms import IMAGENET
 from weakclip.demo import world
+from weakclip.demo.annotator import NOUNS, load, multi_hot
+from weakclip.demo.cam import CamNetwork
 from weakclip.demo.supply import PROBE_SEED, TEST_SEED, TRAIN_SEED, Captions, Pool, clock, drawing_process, network_input
 from weakclip.labels import DEMO
 from weakclip.metrics import Scores, confusion
@@ -48,9 +50,8 @@ MODEL_CFG: dict[str, Any] = {
     "vision_cfg": {"image_size": 192, "layers": 6, "width": 128, "head_width": 64, "patch_size": 16},
     "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
 }
+ANNOTATOR = Path("runs/demo-backbones/cam_cnn/model.safetensors")
 TAPS = (1, 2, 3, 5)  # blocks the probe reads: the method's 3, 5, 7, 11 of twelve, scaled to six
-GROUND_NOUNS = (*world.GROUNDS, *world.CLUTTER)
-NOUNS = (*DEMO[1:], *GROUND_NOUNS)
 
 
 # The shipped file -----------------------------------------------------------------------------------------------------
@@ -140,16 +141,17 @@ class Objectives(nn.Module):
         loss_RU = F.binary_cross_entropy_with_logits(found_RU, true_RU, reduction="none")
         return (loss_RU * true_RU).sum() / true_RU.sum() + (loss_RU * (1 - true_RU)).sum() / (1 - true_RU).sum() * 4
 
-    def nouns(self, patches_RLE: Tensor, nouns_KE: Tensor, true_RK: Tensor) -> Tensor:
-        """Every patch chooses one noun: any that occurs in its region's caption, and each of those needs some patches.
-
-        The first half alone is content with ground everywhere, since every caption has a ground. The logarithm of a
-        noun's share of the patches asks for more patches the fewer a noun has, so the doubtful ones go to the object.
-        """
+    def nouns(self, patches_RLE: Tensor, nouns_KE: Tensor, places_RLK: Tensor) -> Tensor:
+        """Every patch chooses one noun. places_RLK: how much of a patch the annotator gives to each; sums to 1."""
         choice_RLK = (self.log_scale[1].exp() * patches_RLE @ nouns_KE.T).log_softmax(dim=2)
-        wrong = -choice_RLK.masked_fill(true_RK[:, None] == 0, -math.inf).logsumexp(dim=2).mean()
-        share_RK = choice_RLK.logsumexp(dim=1) - math.log(choice_RLK.shape[1])
-        return wrong - 0.5 * (share_RK * true_RK).sum() / true_RK.sum()
+        return -(places_RLK * choice_RLK).sum(dim=2).mean()
+
+
+@torch.no_grad()
+def noun_places(annotator: CamNetwork, regions_R3HW: Tensor, true_RK: Tensor) -> Tensor:
+    """How much of each patch is what each noun of the caption names, [R, L, K], by a CNN that was trained on such nouns alone."""
+    maps_RKhw = annotator(regions_R3HW)[:, : len(NOUNS)].masked_fill(true_RK[:, :, None, None] == 0, -math.inf)
+    return F.avg_pool2d(maps_RKhw.softmax(dim=1), 2).flatten(2).transpose(1, 2)
 
 
 def contrast(model: open_clip.CLIP, images_BE: Tensor, texts_BE: Tensor, texts: Sequence[str]) -> Tensor:
@@ -160,23 +162,14 @@ def contrast(model: open_clip.CLIP, images_BE: Tensor, texts_BE: Tensor, texts: 
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def occurrence(captions: Sequence[Captions], phrases: Sequence[str]) -> Tensor:
-    """float [R, U]: 1 where a phrase is among a region's captions."""
-    column = {phrase: u for u, phrase in enumerate(phrases)}
-    true = torch.zeros(len(captions), len(phrases))
-    for row, own in zip(true, captions, strict=True):
-        row[[column[caption] for caption in own if caption in column]] = 1
-    return true
-
-
 # Training -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Batch:
-    """images: uint8 [B, H, W, 3]. captions: of each picture, or of each of a mosaic's four parts."""
+    """regions: uint8 [R, H, W, 3], with their captions. mosaic: every four of them are the parts of one picture."""
 
-    images: np.ndarray
+    regions: np.ndarray
     captions: list[Captions]
     mosaic: bool
 
@@ -186,8 +179,9 @@ class Trainer:
 
     peak_lr = 1e-3
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, annotator: CamNetwork) -> None:
         torch.manual_seed(seed)
+        self.annotator = annotator
         self.seed, self.step, self.seconds = seed, 0, 0.0
         self.ids = row_ids()
         self.tokenizer = open_clip.SimpleTokenizer(context_length=MODEL_CFG["text_cfg"]["context_length"])
@@ -205,15 +199,17 @@ class Trainer:
         return encode_texts(self.model, torch.searchsorted(self.ids, self.tokenizer(list(texts))))
 
     def loss(self, batch: Batch, rng: np.random.Generator) -> Tensor:
-        whole_BE, patches, _ = encode_patches(self.model, network_input(batch.images))
+        images = mosaics(batch.regions) if batch.mosaic else batch.regions
+        whole_BE, patches, _ = encode_patches(self.model, network_input(images))
         regions = split_mosaics(patches) if batch.mosaic else patches
         sample = {str(phrase) for own in batch.captions for phrase in rng.choice(own[2:], 4)}
         phrases = sorted(sample | set(NOUNS))
         texts = [] if batch.mosaic else [own[int(rng.random() < 0.3)] for own in batch.captions]
-        phrases_UE, true_RU = self.encode(phrases), occurrence(batch.captions, phrases)
+        phrases_UE, true_RU = self.encode(phrases), multi_hot(batch.captions, phrases)
         nouns = [phrases.index(noun) for noun in NOUNS]
         loss = self.objectives.phrases(regions, phrases_UE, true_RU)
-        loss = loss + self.objectives.nouns(regions, phrases_UE[nouns], true_RU[:, nouns])
+        places_RLK = noun_places(self.annotator, network_input(batch.regions), true_RU[:, nouns])
+        loss = loss + self.objectives.nouns(regions, phrases_UE[nouns], places_RLK)
         return loss + contrast(self.model, whole_BE, self.encode(texts), texts) if texts else loss
 
     def advance(self, batch: Batch, progress: float, rng: np.random.Generator) -> Tensor:
@@ -242,13 +238,13 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def train(folder: Path, minutes: float, seed: int) -> Trainer:
+def train(folder: Path, minutes: float, seed: int, annotator: CamNetwork) -> Trainer:
     """Train for `minutes` of wall time, or what is left of them after an interruption. State: folder/training.pt.
 
     The first third sees single close-ups of half the side; then mosaics of them and whole pictures take turns.
     """
     torch.set_num_threads(2)
-    trainer, state = Trainer(seed), folder / "training.pt"
+    trainer, state = Trainer(seed, annotator), folder / "training.pt"
     if state.exists():
         trainer.restore(state)
     rng = np.random.default_rng((seed, trainer.step))
@@ -275,8 +271,7 @@ def _next_batch(close_ups: Pool, whole: Pool, trainer: Trainer, total: float, rn
         return Batch(*close_ups.take(64, rng), mosaic=False)
     if trainer.step % 2:
         return Batch(*whole.take(16, rng), mosaic=False)
-    images, captions = close_ups.take(64, rng)
-    return Batch(mosaics(images), captions, mosaic=True)
+    return Batch(*close_ups.take(64, rng), mosaic=True)
 
 
 # Quality --------------------------------------------------------------------------------------------------------------
@@ -358,9 +353,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, quality.json and training state")
     parser.add_argument("--minutes", type=float, default=30, help="wall time of the training")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--annotator", type=Path, default=ANNOTATOR, help=f"what learnt places from labels ({ANNOTATOR})")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    trainer = train(options.out, options.minutes, options.seed)
+    trainer = train(options.out, options.minutes, options.seed, load(options.annotator))
     ship(trainer.model, trainer.ids, options.out)
     trained = load_clip(ClipConfig(None, str(options.out), double_class_embedding=False)).eval()
     figures = quality(trained) | {
