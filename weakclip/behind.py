@@ -20,10 +20,13 @@ R = TypeVar("R")
 
 
 class Behind:
-    """So many processes, or none: then all is done in this one. They begin when they are first needed, and leave the signals that
-    a job's processes all get to this one; when it ends, they do."""
+    """So many processes, one a core (None), or none: then all is done in this one.
 
-    def __init__(self, processes: int) -> None:
+    They begin when they are first needed, and leave to this one the signals that all processes of a job get; they end with it.
+    """
+
+    def __init__(self, processes: int | None) -> None:
+        processes = len(os.sched_getaffinity(0)) if processes is None else processes
         # Spawned, not forked: a fork would copy the locks of torch's threads, and cannot use a GPU that this process uses.
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(processes, context, _leave_signals_to_the_parent) if processes else None

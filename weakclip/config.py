@@ -145,6 +145,8 @@ class ClipConfig:
 class PromptConfig:
     length: int = 8
     """N, learnable embeddings between the start token and the class name."""
+    words: str | None = None
+    """Words that stand there instead, and stay as they are, such as "a photo of a"; N is then the number of their tokens."""
 
     def __post_init__(self) -> None:
         _require(self.length >= 1, "prompts.length must be 1 or more")
@@ -161,6 +163,7 @@ class AdapterConfig:
 class MatchingConfig:
     width: int = 256
     layers: int = 3
+    """0: no co-attention; texts and pixels meet as CLIP embeds them."""
     heads: int = 4
     dropout: float = 0.1
     temperature: float = 0.1
@@ -173,7 +176,7 @@ class MatchingConfig:
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, "matching.width must be a multiple of matching.heads")
-        _require(self.layers >= 1, "matching.layers must be 1 or more")
+        _require(self.layers >= 0, "matching.layers must be 0 or more")
 
 
 @dataclass
@@ -183,6 +186,8 @@ class DecoderConfig:
     dropout: float = 0.1
     align_corners: bool = True
     """How the score map is resized to the pyramid's levels: corner pixels onto corner pixels, as published."""
+    score_map: bool = True
+    """False: the decoder sees the pyramid alone, no text; `loss.auxiliary` must then be 0, and prompts and matching rest."""
 
 
 @dataclass
@@ -401,8 +406,6 @@ class DemoConfig:
     """Training pictures; a quarter as many unseen ones."""
     seeds: str = "cam"
     """cam: train on class activation maps; exact: on the exact masks (the ceiling of model and budget)."""
-    cam_steps: int = 150
-    """Training steps of the small network whose activations are the CAMs."""
 
     def __post_init__(self) -> None:
         _require(self.size >= 8, "demo.size must be 8 or more")
@@ -441,6 +444,8 @@ class Config:
         if self.cam.data is not None:
             _require(self.cam.data != self.data.train, "cam.data must be another set than data.train, where it goes with CAMs")
             _require("://" not in self.data.train, "data.train must be a directory, since the stage cam writes it (cam.data)")
+        without = not self.decoder.score_map and self.loss.auxiliary
+        _require(not without, "decoder.score_map=false needs loss.auxiliary=0, whose score map would be trained for nothing")
 
     @property
     def labelled(self) -> str:

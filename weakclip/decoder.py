@@ -64,12 +64,14 @@ class TextGuidedDecoder(nn.Module):
     def __init__(self, width: int, num_names: int, num_classes: int, config: DecoderConfig) -> None:
         """`num_names`: channels of the score map; `num_classes`: of the logits."""
         super().__init__()
-        self.align_corners = config.align_corners
-        self.neck = Fpn(width + num_names, config.fpn_channels)
+        self.align_corners, self.score_map = config.align_corners, config.score_map
+        self.neck = Fpn(width + num_names * self.score_map, config.fpn_channels)
         self.head = FpnHead(config.fpn_channels, config.head_channels, num_classes, config.dropout)
 
     def forward(self, pyramid: Sequence[Tensor], scores_BKhw: Tensor) -> Tensor:
         """Logits at the finest level's resolution, B x K x 4h x 4w."""
+        if not self.score_map:
+            return self.head(self.neck(pyramid))
         guided = [
             torch.cat([level_BDHW, resize(scores_BKhw, level_BDHW.shape[2:], self.align_corners)], dim=1)
             for level_BDHW in pyramid

@@ -106,6 +106,12 @@ def read(folder: Path, key: str) -> np.ndarray:
         raise ValueError(f"{path}: {error}; remove it and run python -m weakclip.pseudo again") from None
 
 
+def read_soft(folder: Path, key: str) -> np.ndarray:
+    """The mask that the probabilities in KEY.npz alone give, without a CRF: uint8 H x W."""
+    with np.load(soft_path(folder, key)) as found:
+        return found["classes"][found["probs"].argmax(0)].astype(np.uint8)
+
+
 def read_target(folder: Path, key: str, size: tuple[int, int], num_classes: int) -> np.ndarray:
     """The mask KEY.png as what a network is trained towards, uint8 H x W.
 

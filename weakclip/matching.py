@@ -81,6 +81,9 @@ class CoAttentionMatching(nn.Module):
         self.visual_branch = Branch(embedding, config)
         self.alpha = nn.Parameter(torch.full((embedding,), config.temperature))
         self.beta = nn.Parameter(torch.full((embedding,), config.temperature))
+        self.coattends = config.layers > 0
+        if not self.coattends:
+            self.requires_grad_(False)
 
     def forward(self, text_KE: Tensor, global_BE: Tensor, visual_BEhw: Tensor) -> Tensor:
         """Score map lambda, B x K x h x w: cosine of every pixel with every class, in -1..1."""
@@ -94,6 +97,8 @@ class CoAttentionMatching(nn.Module):
         """Texts t*, B x K x E, and pixels f*, B x hw x E, after they have looked at each other."""
         context_BME = torch.cat([global_BE.unsqueeze(1), visual_BEhw.flatten(2).transpose(1, 2)], dim=1)
         text_BKE = text_KE.to(context_BME.dtype).expand(context_BME.shape[0], -1, -1)
+        if not self.coattends:
+            return text_BKE, context_BME[:, 1:]
         text_BKD, visual_BMD = self.text_proj(text_BKE), self.visual_proj(context_BME)
         text_BKE = text_BKE + self.alpha * self.text_branch(text_BKD, visual_BMD)
         context_BME = context_BME + self.beta * self.visual_branch(visual_BMD, text_BKD)

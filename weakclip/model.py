@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from weakclip import cli, labels
 from weakclip.adapter import PyramidAdapter
 from weakclip.clip import FrozenClip, tokenize
-from weakclip.config import Config
+from weakclip.config import Config, ConfigError
 from weakclip.data.transforms import NORMALISATIONS
 from weakclip.decoder import TextGuidedDecoder
 from weakclip.infer import Predictor
@@ -43,17 +43,26 @@ class WeakCLIP(Trained):
 
     def __init__(self, config: Config, class_names: Sequence[str]) -> None:
         super().__init__()
-        clip = FrozenClip(config.clip, config.prompts.length)
+        fixed = config.prompts.words
+        words_N = tokenize([fixed])[0, 1:-1] if fixed else torch.zeros(config.prompts.length, dtype=torch.int64)
+        clip = FrozenClip(config.clip, prompts=len(words_N))
         self._frozen = (clip,)
         names = [*class_names, *config.matching.extra_names]
         self.names_KL = tokenize(names, config.clip.name_tokens)
         self.precision, self.loss = config.precision, config.loss
         self.normalisation = NORMALISATIONS[config.clip.normalisation]
         self.num_classes = len(class_names)
-        self.prompts_ND = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.prompts.length, clip.text.width)))
+        self.prompts_ND = nn.Parameter(nn.init.trunc_normal_(torch.empty(len(words_N), clip.text.width)))
+        if fixed:
+            self.prompts_ND.requires_grad_(False).copy_(clip.text.token_embedding(words_N))
+            if not self.prompts_ND.any(1).all():  # small CLIPs hold the tokens alone that they were trained on
+                raise ConfigError(f"prompts.words: this CLIP was not trained with a word of {fixed!r}")
         self.adapter = PyramidAdapter(clip.vision.width).requires_grad_(config.adapter.train)
         self.matching = CoAttentionMatching(clip.embedding, config.matching)
         self.decoder = TextGuidedDecoder(clip.vision.width, len(names), self.num_classes, config.decoder)
+        if not config.decoder.score_map:  # then nothing that texts say has an effect
+            self.prompts_ND.requires_grad_(False)
+            self.matching.requires_grad_(False)
 
     @property
     def clip(self) -> FrozenClip:
@@ -133,7 +142,9 @@ def main(arguments: Sequence[str]) -> None:
     share = 100 * counts["trainable"] / counts["total"]
     print(f"{counts['trainable']:,} trainable of {counts['total']:,} ({share:.1f} %)")
     if counts["without gradient"]:
-        print(f"{counts['without gradient']:,} of the trainable ones never get a gradient (matching.chained, adapter.train)")
+        print(
+            f"{counts['without gradient']:,} of the trainable ones never get a gradient (matching, adapter.train, prompts.words)"
+        )
 
 
 if __name__ == "__main__":

@@ -93,9 +93,9 @@ def write(task: Task, index: Index, part: str | None, weights: Path, out: Path) 
     board = task.run / "tensorboard" / out.name / ("" if part is None else f"shards-{part.replace(':', '-')}")
     curves = Curves(board, len(entries) - len(missing))
     cores = len(os.sched_getaffinity(0))
-    processes = cores if config.pseudo.processes is None else config.pseudo.processes
+    processes = config.pseudo.processes
     try:
-        with Behind(processes) as behind, threads(max(cores // 2, 1) if processes else cores):
+        with Behind(processes) as behind, threads(cores if processes == 0 else max(cores // 2, 1)):
             write_masks(predictor, config, tqdm(samples, "masks", unit=" images", disable=None), out, curves, behind)
     except NotFinite as error:
         raise ValueError(f"{weights}: {error}") from None

@@ -2,6 +2,7 @@
 
 runs/NAME/  config.yaml  data.json  checkpoints/step-N.safetensors  weights/{best,last}.safetensors  best.json
             classify/  pseudo/  retrain/NETWORK/  scores/  scores-masks.json  tensorboard/  metrics.jsonl  lock.json  jobs/
+            scores.json (of the demo)
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from pathlib import Path
 from weakclip import config as configs
 from weakclip.config import Config, ConfigError
 from weakclip.files import write_whole
+
+SCORES = "scores.json"
+"""In a run directory: {name: mIoU in percent}, which a run writes last."""
 
 
 def claim(config: Config, fixed: Sequence[str], resume: bool) -> Path:

@@ -6,6 +6,7 @@ All modules that a worker runs share one. Who harms it, or needs another, takes 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+PATIENCE = 900  # seconds
+FAILURES = {"FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"}
 TOOL = Path(__file__).resolve().parents[2] / "slurm" / "local-cluster"
 
 
@@ -67,14 +70,27 @@ class LocalCluster:
         """The same, as sacct says. It comes some seconds later."""
         return ",".join(self.slurm("sacct", "--noheader", "-X", "--parsable2", f"--jobs={job}", "--format=State").splitlines())
 
-    def wait_until(self, condition: Callable[[], object], seconds: float, *jobs: object) -> None:
-        """Waits; when it takes too long, the test fails and shows these jobs."""
-        end = time.monotonic() + seconds
+    def wait_until(self, condition: Callable[[], object], *jobs: object) -> None:
+        """Waits; when it takes longer than any machine would, the test fails and shows these jobs."""
+        end = time.monotonic() + PATIENCE
         while not condition():
             if time.monotonic() > end:
-                shown = [self.slurm("scontrol", "show", "job", job) + "\n".join(self.printed(job)) for job in jobs]
-                pytest.fail("\n".join([f"not within {seconds} s", *shown]))
+                pytest.fail("\n".join([f"not within {PATIENCE} s", *map(self.shown, jobs)]))
             time.sleep(0.2)
+
+    def wait_until_completed(self, job: object) -> None:
+        """Waits for all tasks of a job; the test fails at once, and shows the job, when one ended otherwise."""
+        self.wait_until(lambda: set(self.state(job).split(",")) <= {"COMPLETED", *FAILURES}, job)
+        if set(self.state(job).split(",")) != {"COMPLETED"}:
+            pytest.fail(f"{self.state(job)}\n{self.shown(job)}")
+
+    def shown(self, job: object) -> str:
+        """What Slurm knows of a job and did with it, and the ends of the files that it printed into."""
+        known = self.slurm("scontrol", "show", "job", job)
+        log = [line for line in (self.D / "log" / "slurmctld.log").read_text().splitlines() if f"JobId={job}" in line]
+        files = [Path(name) for name in sorted(set(re.findall(r"Std(?:Err|Out)=(\S+)", known)))]
+        ends = [f"{file}:\n{file.read_text(errors='replace')[-4000:]}" for file in files if file.exists()]
+        return "\n".join([known, *log, *ends])
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
-SMALL = ("demo.size=8", "demo.cam_steps=3", "train.steps=2", "train.batch=2", "train.validate_images=1", "data.workers=0")
+from weakclip.data.stream import StoredSamples, open_index
+from weakclip.labels import DEMO
+
+SMALL = ("demo.size=8", "train.steps=2", "train.batch=2", "train.validate_images=1", "data.workers=0")
 
 
 def demo(launch, run, *arguments):
     return launch(0, "weakclip.demo", "--config", "configs/demo.yaml", f"run={run}", *SMALL, *arguments)
+
+
+def samples(run):
+    index = open_index(str(run / "shards" / "train"), DEMO)
+    return StoredSamples(index, index.entries, 0)
 
 
 def test_the_demo_scores_cams_and_weakclip_on_seen_and_unseen_images(launch, tmp_path):
@@ -23,6 +32,7 @@ def test_the_demo_scores_cams_and_weakclip_on_seen_and_unseen_images(launch, tmp
     assert f"{scores['weakclip_crf']:.1f}" in done.stdout
     assert len(list((run / "pseudo" / "weakclip").glob("*.png"))) == 8
     assert Image.open(run / "pictures.png").width > 1000
+    assert all(sample.cam is not None and sample.seed is not None for sample in samples(run))
     again = demo(launch, run)  # finished work is kept
     assert json.loads((run / "scores.json").read_text()) == scores
     assert "drawing" not in again.stderr
@@ -33,3 +43,4 @@ def test_the_demo_scores_cams_and_weakclip_on_seen_and_unseen_images(launch, tmp
 def test_exact_seeds_give_the_ceiling(launch, tmp_path):
     demo(launch, tmp_path / "run", "demo.seeds=exact")
     assert "ceiling" in json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert all(np.array_equal(sample.seed, sample.mask) for sample in samples(tmp_path / "run"))

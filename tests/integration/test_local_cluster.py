@@ -37,7 +37,7 @@ def job_of_a_dead_node(two_nodes):
     """A job that ran on the first node; its slurmd, step daemons and tasks were killed."""
     script = '[ "$SLURM_RESTART_COUNT" ] || sleep 600 & echo $SLURMD_NODENAME $SLURM_RESTART_COUNT; wait'
     job = two_nodes.submit(script)
-    two_nodes.wait_until(lambda: two_nodes.printed(job), 30, job)
+    two_nodes.wait_until(lambda: two_nodes.printed(job), job)
     assert two_nodes.printed(job) == ["127.0.0.1"]
     kinds = {"daemon": [], "step": [], "task": []}
     for pid, (line, variables) in processes_of(two_nodes).items():
@@ -81,13 +81,13 @@ def test_gpus_are_given_out(cluster):
 
 def test_array_of_four_reaches_the_accounts(cluster):
     job = cluster.submit("echo $SLURM_ARRAY_TASK_ID", "--array=0-3")
-    cluster.wait_until(lambda: cluster.accounted(job) == ",".join(["COMPLETED"] * 4), 30, job)
+    cluster.wait_until(lambda: cluster.accounted(job) == ",".join(["COMPLETED"] * 4), job)
     assert [cluster.printed(f"{job}_{task}") for task in range(4)] == [["0"], ["1"], ["2"], ["3"]]
 
 
 def test_a_hundred_tasks_go_through(cluster):
     job = cluster.submit("echo $SLURM_ARRAY_TASK_ID", "--array=0-99")
-    cluster.wait_until(lambda: cluster.state(job) == ",".join(["COMPLETED"] * 100), 120, job)
+    cluster.wait_until_completed(job)
     assert [cluster.printed(f"{job}_{task}") for task in range(100)] == [[str(task)] for task in range(100)]
 
 
@@ -95,12 +95,12 @@ def test_dependents_of_a_failed_job_are_cancelled(cluster):
     failing = cluster.submit("sleep 1; exit 3")
     dependent = cluster.submit("true", f"--dependency=afterok:{failing}")
     last = cluster.submit("true", f"--dependency=afterok:{dependent}")
-    cluster.wait_until(lambda: cluster.state(last) == "CANCELLED", 30, failing, dependent, last)
+    cluster.wait_until(lambda: cluster.state(last) == "CANCELLED", failing, dependent, last)
     assert cluster.state(failing) == "FAILED" and cluster.state(dependent) == "CANCELLED"
     assert "Reason=DependencyNeverSatisfied" in cluster.slurm("scontrol", "show", "job", dependent)
     chain = failing, dependent, last
     expected = ["FAILED", "CANCELLED", "CANCELLED"]
-    cluster.wait_until(lambda: [cluster.accounted(job).split(" ")[0] for job in chain] == expected, 30, *chain)
+    cluster.wait_until(lambda: [cluster.accounted(job).split(" ")[0] for job in chain] == expected, *chain)
 
 
 # Slurm takes half a minute to see a dead node, and as long to lose patience with a preempted job: both at once.
@@ -108,9 +108,9 @@ def test_dependents_of_a_failed_job_are_cancelled(cluster):
 def test_preemption_signals_every_rank_requeues_and_runs_again(cluster):
     rank = 'trap "echo USR2" USR2; echo run $SLURM_RESTART_COUNT; while [ -z "$SLURM_RESTART_COUNT" ]; do sleep 0.1; done'
     low = cluster.submit(f"srun bash -c '{rank}'", "--partition=low", "--nodes=4", "--exclusive", "--signal=USR2@60")
-    cluster.wait_until(lambda: len(cluster.printed(low)) == 4, 30, low)
+    cluster.wait_until(lambda: len(cluster.printed(low)) == 4, low)
     urgent = cluster.submit("true", "--partition=main", "--nodes=4", "--exclusive")
-    cluster.wait_until(lambda: cluster.state(low) == "COMPLETED", 60, low)
+    cluster.wait_until_completed(low)
     lines = [line for line in cluster.printed(low) if line.startswith(("run", "USR2"))]
     assert lines == ["run"] * 4 + ["USR2"] * 4 + ["run 1"] * 4
     assert cluster.state(urgent) == "COMPLETED"
@@ -123,7 +123,7 @@ def test_a_dead_node_is_reported_its_job_moves_and_a_restart_repairs(two_nodes, 
     assert "  slurmd.127.0.0.1          not running\n" in status.stdout
     refused = two_nodes.tool("start")
     assert refused.returncode == 1 and "half-dead" in refused.stderr and len(refused.stderr.splitlines()) == 1
-    two_nodes.wait_until(lambda: two_nodes.state(job) == "COMPLETED", 90, job)
+    two_nodes.wait_until_completed(job)
     assert two_nodes.printed(job) == ["127.0.0.1", "127.0.0.2 1"]
     two_nodes.tool("stop")
     two_nodes.start(nodes=2)
@@ -133,7 +133,7 @@ def test_a_dead_node_is_reported_its_job_moves_and_a_restart_repairs(two_nodes, 
 def test_stop_leaves_no_process(two_nodes):
     running = two_nodes.submit("trap '' TERM; srun sleep 600 & sleep 600", "--nodes=2")
     waiting = two_nodes.submit("true", f"--dependency=afterok:{running}")
-    two_nodes.wait_until(lambda: two_nodes.state(running) == "RUNNING", 30, running)
+    two_nodes.wait_until(lambda: two_nodes.state(running) == "RUNNING", running)
     assert two_nodes.state(waiting) == "PENDING" and len(processes_of(two_nodes)) > 6
     assert two_nodes.tool("stop").stdout == f"stopped in {two_nodes.D}\n"
     assert processes_of(two_nodes) == {}

@@ -45,9 +45,9 @@ def trained(cluster, sbatch, tmp_path_factory):
     run = tmp_path_factory.mktemp("trained") / "run"
     steps = (f"train.steps={STEPS}", "train.log_every=1", "train.checkpoint_every=3", "data.workers=1")
     job = sbatch("train.sbatch", TWO_RANKS, run, *steps)
-    cluster.wait_until(lambda: (run / "checkpoints" / "step-3.safetensors").exists(), 300, job)
+    cluster.wait_until(lambda: (run / "checkpoints" / "step-3.safetensors").exists(), job)
     cluster.slurm("scancel", "--batch", "--signal=USR2", job)
-    cluster.wait_until(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), 300, job)
+    cluster.wait_until(lambda: cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), job)
     return run, job
 
 
@@ -65,7 +65,7 @@ def test_a_training_that_is_told_to_stop_saves_is_requeued_and_goes_on_to_the_en
 def test_an_array_makes_all_masks_each_task_its_own(cluster, sbatch, trained, shards):
     run, _ = trained
     job = sbatch("pseudo_array.sbatch", ("--array=0-1", "--gpus-per-node=0", "--cpus-per-task=1"), run)
-    cluster.wait_until(lambda: set(cluster.state(job).split(",")) <= {"COMPLETED", "FAILED"}, 300, job)
+    cluster.wait_until(lambda: set(cluster.state(job).split(",")) <= {"COMPLETED", "FAILED"}, job)
     said = ["\n".join(cluster.printed(f"{job}_{task}")) for task in (0, 1)]
     assert cluster.state(job) == "COMPLETED,COMPLETED", said
     assert [text.splitlines()[0] for text in said] == ["shards 0:1 of 3", "shards 1:3 of 3"]
@@ -75,8 +75,6 @@ def test_an_array_makes_all_masks_each_task_its_own(cluster, sbatch, trained, sh
 def test_a_mistake_is_said_and_not_repeated(cluster, sbatch, tmp_path):
     training = sbatch("train.sbatch", TWO_RANKS, tmp_path / "run", "train.stps=3")
     masks = sbatch("pseudo_array.sbatch", ("--array=1-2", "--gpus-per-node=0", "--cpus-per-task=1"), tmp_path / "run")
-    cluster.wait_until(
-        lambda: {cluster.state(training), cluster.state(masks)} == {"FAILED", "FAILED,FAILED"}, 300, training, masks
-    )
+    cluster.wait_until(lambda: {cluster.state(training), cluster.state(masks)} == {"FAILED", "FAILED,FAILED"}, training, masks)
     assert "the nearest is 'train.steps'" in cluster.printed(training)[0]
     assert cluster.printed(f"{masks}_1") == ["error: submit it with --array=0-N; the tasks share the shards evenly"]

@@ -32,10 +32,10 @@ def test_a_training_on_a_dead_node_goes_on_from_its_checkpoint_on_another(make_c
     monkeypatch.setenv("SLURM_CONF", str(two_nodes.conf))
     run = tmp_path / "run"
     job = submit("train", "--nodes", 1, "--gpus-per-node", 4)["train"]
-    two_nodes.wait_until(lambda: len(checkpoints(run)) == 2, 300, job)
+    two_nodes.wait_until(lambda: len(checkpoints(run)) == 2, job)
     assert "NodeList=127.0.0.1\n" in two_nodes.slurm("scontrol", "show", "job", job)
     kill_node(two_nodes, "127.0.0.1")
     reached = max(metrics(run))
-    two_nodes.wait_until(lambda: two_nodes.state(job) == "COMPLETED", 300, job)
+    two_nodes.wait_until_completed(job)
     assert "NodeList=127.0.0.2\n" in two_nodes.slurm("scontrol", "show", "job", job)
     assert reached >= 10 and losses(run) == losses(reference)

@@ -50,31 +50,31 @@ def test_a_preempted_training_goes_on_exactly(cluster, submit, reference, tmp_pa
     run = tmp_path / "run"
     job = submit("train", "--partition", "low")["train"]
     at = random.randint(3, STEPS - 15)
-    cluster.wait_until(lambda: step_of(run) >= at, 300, job)
-    urgent = cluster.submit("sleep 1", "--partition=main", "--nodes=4", "--exclusive")
-    cluster.wait_until(lambda: cluster.state(job) == "COMPLETED", 300, job, urgent)
+    cluster.wait_until(lambda: step_of(run) >= at, job)
+    cluster.submit("sleep 1", "--partition=main", "--nodes=4", "--exclusive")
+    cluster.wait_until_completed(job)
     assert restarts(cluster, job) >= 1, f"not preempted at step {at}"
     assert losses(run) == losses(reference)
     assert steps_in_tensorboard(run) == list(range(1, STEPS + 1))
 
 
 def test_a_training_that_meets_its_time_limit_goes_on_exactly(cluster, submit, reference, tmp_path):
-    """The ranks are stopped until Slurm has told them that their two minutes are nearly over: so it does so in mid-training."""
+    """The ranks are stopped until Slurm has told them that their three minutes are nearly over: so it does so in mid-training."""
     run = tmp_path / "run"
     defaults = tmp_path / "defaults.yaml"
-    defaults.write_text("{nodes: 2, gpus_per_node: 2, time: '2', signal_delay: 30, partition: main}")
-    job = submit("train", "--defaults", defaults, "--time", "2")["train"]
-    cluster.wait_until(lambda: step_of(run) >= 3, 100, job)
+    defaults.write_text("{nodes: 2, gpus_per_node: 2, time: '3', signal_delay: 30, partition: main}")
+    job = submit("train", "--defaults", defaults, "--time", "3")["train"]
+    cluster.wait_until(lambda: step_of(run) >= 3, job)
     ranks = ranks_of(job)
     assert len(ranks) >= 4
     for rank in ranks:
         rank.send_signal(signal.SIGSTOP)
     began = min(rank.create_time() for rank in ranks)
-    time.sleep(max(began + 97 - time.time(), 0))
+    time.sleep(max(began + 157 - time.time(), 0))
     for rank in ranks:
         with suppress(psutil.NoSuchProcess):  # a loader's, whose rank has gone on already
             rank.send_signal(signal.SIGCONT)
-    cluster.wait_until(lambda: cluster.state(job) == "COMPLETED", 300, job)
+    cluster.wait_until_completed(job)
     assert restarts(cluster, job) >= 1
     assert losses(run) == losses(reference)
 
@@ -82,7 +82,7 @@ def test_a_training_that_meets_its_time_limit_goes_on_exactly(cluster, submit, r
 def test_requeues_are_limited(cluster, submit, launch_tool, tmp_path):
     run = tmp_path / "run"
     job = submit("train", "--requeues", 0)["train"]
-    cluster.wait_until(lambda: step_of(run) >= 1, 300, job)
+    cluster.wait_until(lambda: step_of(run) >= 1, job)
     cluster.slurm("scancel", "--signal=USR2", job)
-    cluster.wait_until(lambda: cluster.state(job) == "FAILED", 100, job)
+    cluster.wait_until(lambda: cluster.state(job) == "FAILED", job)
     assert restarts(cluster, job) == 0 and "`requeues` are used up" in launch_tool("status", run).stdout

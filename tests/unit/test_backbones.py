@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from weakclip.config import AugmentConfig, RetrainConfig
-from weakclip.demo import annotator, backbones, supply, world
+from weakclip.demo import annotator, backbones, state, supply, world
 from weakclip.labels import DEMO
 from weakclip.networks import build
 from weakclip.networks.mctformer import MCTformer
@@ -44,3 +44,21 @@ def test_labels_are_what_a_picture_shows():
         assert {DEMO.index(name) for name in DEMO[1:] if row[annotator.LABELS.index(name)]} == set(picture.classes)
         assert all(picture.captions.count(label) for label, here in zip(annotator.LABELS, row, strict=True) if here)
         assert len(row.nonzero()) >= 3 * len(picture.classes), "of each thing its name, texture and colour"
+
+
+def test_a_training_goes_on_from_its_last_save_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "SECONDS", 0)
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    kept = state.State(tmp_path / "training.pt", {"network": network, "optimizer": optimizer})
+    assert kept.restore() == {}
+    network(torch.ones(2)).sum().backward()
+    optimizer.step()
+    kept.save(step=7, seconds=1.5)
+    other = torch.nn.Linear(2, 2)
+    moments = torch.optim.AdamW(other.parameters())
+    again = state.State(tmp_path / "training.pt", {"network": other, "optimizer": moments})
+    assert again.restore() == {"step": 7, "seconds": 1.5}
+    assert other.weight.equal(network.weight) and moments.state_dict()["state"][0]["step"] == 1
+    again.remove()
+    assert not list(tmp_path.iterdir())

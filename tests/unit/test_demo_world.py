@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 from weakclip import pretrained
 from weakclip.config import ClipConfig
-from weakclip.demo import clip, supply, world
+from weakclip.demo import card, clip, supply, world
+from weakclip.demo.beginning import begin_near
 from weakclip.labels import DEMO
 from weakclip.pretrained import load_clip, pack_tokens, unpack_tokens
 
@@ -85,3 +86,25 @@ def test_the_shipped_clip_is_small_and_embeds_pictures_and_names(pictures):
         assert torch.allclose(names, model.encode_text(tokenizer(list(DEMO)), normalize=True), atol=1e-4)
     assert whole.shape == (4, names.shape[1]) and patches.shape == (4, 144, names.shape[1]) and len(blocks) == 6
     assert all(tensor.isfinite().all() for tensor in (whole, patches, names, *blocks))
+
+
+def test_a_new_tower_looks_at_what_is_alike_and_near_first():
+    torch.manual_seed(0)
+    tower = clip.open_clip.CLIP(**clip.MODEL_CFG).visual
+    begin_near(clip.attentions(tower), tower.positional_embedding[1:])
+    tokens = torch.randn(1, 30, clip.MODEL_CFG["vision_cfg"]["width"])
+    for block in tower.transformer.resblocks:
+        attended = block.attn(tokens, tokens, tokens)[1][0]
+        assert (attended.argmax(dim=1) == torch.arange(30)).all()
+    columns = tower.positional_embedding[1:].unflatten(0, (12, 12))
+    beside, afar = (torch.cosine_similarity(columns[:, 0], columns[:, k]) for k in (1, 11))
+    assert (beside > afar).all()
+
+
+def test_the_card_counts_what_the_masks_show(pictures):
+    found = {row[0]: row[1] for row in card.statistics(7, 50).rows}
+    assert found["objects a picture"] == pytest.approx(np.mean([len(picture.classes) for picture in pictures]))
+    shares = [100 * np.mean(picture.mask > 0) for picture in pictures]
+    assert found["foreground, % of the pixels"] == pytest.approx(np.mean(shares))
+    objects = sum(len(picture.classes) for picture in pictures)
+    assert found["an object, % of its picture: mean"] == pytest.approx(sum(shares) / objects)

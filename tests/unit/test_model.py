@@ -12,7 +12,8 @@ from torch import nn
 from weakclip import model as models
 from weakclip.adapter import PyramidAdapter
 from weakclip.batchnorm import CpuSyncBatchNorm2d, synchronise
-from weakclip.config import DecoderConfig, MatchingConfig
+from weakclip.clip import tokenize
+from weakclip.config import ConfigError, DecoderConfig, MatchingConfig, load
 from weakclip.decoder import FpnHead, TextGuidedDecoder
 from weakclip.labels import class_names
 from weakclip.matching import CoAttentionMatching
@@ -95,6 +96,42 @@ def test_an_adapter_that_is_not_trained_keeps_its_start_but_for_batch_norm(tiny_
     moved = {name for name, tensor in model.adapter.state_dict().items() if not tensor.equal(before[name])}
     assert moved == {"level1.2.running_mean", "level1.2.running_var", "level1.2.num_batches_tracked"}
     assert all(parameter.grad is not None for parameter in model.decoder.parameters())
+
+
+def test_fixed_words_give_the_embedding_of_the_whole_text_and_stay(tiny_model):
+    model = tiny_model("prompts.words=cow background")
+    text, names = tokenize(["cow background cat", "cow background dog"]), tokenize(["cat", "dog"])
+    nothing_0D = torch.zeros(0, model.clip.text.width)
+    torch.testing.assert_close(model.clip.text(names, model.prompts_ND), model.clip.text(text, nothing_0D))
+    assert trained(model, images(2, 3, 64, 64)).prompts_ND.grad is None
+
+
+def test_words_that_this_clip_was_not_trained_with_are_refused(repo):
+    with pytest.raises(ConfigError, match="prompts.words: this CLIP was not trained with a word of 'an aardvark'"):
+        WeakCLIP(load(repo / "configs/demo.yaml", ["prompts.words=an aardvark"]), class_names("demo"))
+
+
+def test_without_co_attention_the_score_map_is_clips_own(tiny_model):
+    model, x_B3HW = tiny_model("matching.layers=0"), images(2, 3, 64, 64)
+    with torch.no_grad():
+        features, output = model.clip.vision(x_B3HW), model(x_B3HW)
+        own_BKhw = torch.einsum(
+            "ke,behw->bkhw", F.normalize(model.encode_names(), dim=1), F.normalize(features.visual_BEhw, dim=1)
+        )
+    torch.testing.assert_close(output.scores_BKhw, own_BKhw)
+    trained(model, x_B3HW)
+    assert model.prompts_ND.grad.any() and all(p.grad is None for p in model.matching.parameters())
+
+
+def test_without_the_score_map_the_decoder_is_blind_to_texts(tiny_model):
+    model, x_B3HW = tiny_model("decoder.score_map=false", "loss.auxiliary=0"), images(2, 3, 64, 64)
+    assert model.decoder.neck.laterals[0].in_channels == model.clip.vision.width
+    with torch.no_grad():
+        text_KE = model.encode_names()
+        assert model(x_B3HW, text_KE).logits_BKhw.equal(model(x_B3HW, text_KE.flip(0)).logits_BKhw)
+    model.train()(x_B3HW).logits_BKhw.square().mean().backward()
+    resting = {"prompts_ND", *(f"matching.{name}" for name, _ in model.matching.named_parameters())}
+    assert {name for name, p in model.named_parameters() if p.grad is None} == resting
 
 
 def test_extra_names_are_matched_and_guide_the_decoder_but_are_not_predicted(tiny_model):

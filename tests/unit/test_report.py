@@ -77,7 +77,8 @@ def test_the_papers_comparisons_are_whole():
 def test_the_papers_ablations_are_the_shipped_sweeps(repo, monkeypatch):
     monkeypatch.chdir(repo)
     published = Paper.of("voc").sweeps
-    assert set(published) == {path.stem for path in (repo / "configs/sweeps").glob("*.yaml")} == set(report.SWEEPS)
+    shipped = {path.stem for path in (repo / "configs/sweeps").glob("*.yaml")}
+    assert set(published) == set(report.SWEEPS) == shipped - {"ablation"}, "that one is of the synthetic world"
     for name, values in published.items():
         tasks = Sweep.read(f"configs/sweeps/{name}.yaml").tasks
         assert [task.run.as_posix() for task in tasks] == [f"runs/voc/sweeps/{name}/{value}" for value in values]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import pytest
 
@@ -106,8 +107,8 @@ def test_a_recipe_is_told_from_a_sweep(repo, write, tmp_path):
 @pytest.mark.parametrize(
     "tasks, message",
     [
-        ("", "sweep.yaml: a sweep has the keys recipe, run and tasks; here are recipe, run"),
-        ('tasks: {"2": []}\nrecipes: x', "the keys recipe, run and tasks; here are recipe, run, tasks, recipes"),
+        ("", "sweep.yaml: a sweep has the keys recipe, run and tasks, .*; here are recipe, run$"),
+        ('tasks: {"2": []}\nrecipes: x', "the keys recipe, run and tasks, .*; here are recipe, run, tasks, recipes"),
         ("tasks:", "sweep.yaml: tasks: needs at least one"),
         ("tasks: {}", "sweep.yaml: tasks: needs at least one"),
         ("tasks: [seed=1]", 'sweep.yaml: tasks: needs at least one, written "NAME": '),
@@ -121,8 +122,11 @@ def test_a_recipe_is_told_from_a_sweep(repo, write, tmp_path):
         ('tasks: {"1": [], "2": [sed=1]}', "sweep.yaml: tasks.2: sed=1: unknown key 'sed'; the nearest is 'seed'"),
         ('tasks: {"2": [train.batch=many]}', "sweep.yaml: tasks.2: train.batch=many: train.batch: "),
         ('tasks: {"2": [train.batch=0]}', "sweep.yaml: tasks.2: .*recipe.yaml: train.batch must be 1 or more"),
-        ('tasks: {"2": [run=here]}', "sweep.yaml: tasks.2: a task cannot set run; it is .*sweeps/batch/2"),
+        ('tasks: {"2": [run=here]}', "sweep.yaml: tasks.2: only the sweep sets run"),
         ('tasks: {"2": [], "2": []}', "sweep.yaml: .*duplicate"),
+        ('tasks: {"2": []}\nrepeats:', "sweep.yaml: repeats: needs at least one"),
+        ('tasks: {"2": []}\nrepeats: {1: []}', "sweep.yaml: repeats.1: the name becomes a folder's; write it in quotes"),
+        ('tasks: {"2": []}\nrepeats: {"a": [], "b": [sed=1]}', "sweep.yaml: tasks.2/b: sed=1: unknown key 'sed'"),
         ("tasks: [", "sweep.yaml: "),
     ],
 )
@@ -138,7 +142,7 @@ def test_a_mistake_names_the_file_and_the_key(write, tasks, message):
         ("recipe: nowhere.yaml\nrun: runs/a\n", "sweep.yaml: recipe: nowhere.yaml: no such config file"),
         ("recipe: [a]\nrun: runs/a\n", r"sweep.yaml: recipe: \['a'\] is no path"),
         ("recipe: a.yaml\nrun:\n", "sweep.yaml: run: None is no path"),
-        ("- a\n#", "sweep.yaml: a sweep has the keys recipe, run and tasks; here are none"),
+        ("- a\n#", "sweep.yaml: a sweep has the keys recipe, run and tasks, .*; here are none"),
     ],
 )
 def test_a_mistake_in_the_head_is_named_too(write, head, message):
@@ -160,3 +164,83 @@ def test_the_command_lists_the_tasks(repo, monkeypatch, capsys):
     ]
     with pytest.raises(ConfigError, match="nowhere.yaml: no such sweep file"):
         sweep.main(["nowhere.yaml"])
+
+
+REPEATED = (
+    TASKS
+    + """
+repeats:
+  "a": [seed=0]
+  "b": [seed=1, train.batch=3]
+"""
+)
+
+
+def test_each_task_is_repeated_and_a_repeats_overrides_come_after_the_tasks(write, tmp_path):
+    names = ["small/a", "small/b", "large/a", "large/b"]
+    assert [task.name for task in Sweep.read(write(REPEATED)).tasks] == names
+    configs = [parsed("--config", write(REPEATED), "--task", index) for index in range(4)]
+    assert [config.run for config in configs] == [str(tmp_path / "sweeps/batch" / name) for name in names]
+    assert [(config.seed, config.train.batch) for config in configs] == [(0, 2), (1, 3), (0, 8), (1, 3)]
+
+
+MODULE = """
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from weakclip import cli
+
+config = cli.parse_config(argparse.ArgumentParser(), sys.argv[1:])[0]
+with open("ran.txt", "a") as log:
+    print(config.run.split("batch/")[1], file=log)
+if config.train.batch == 8 and not Path("mended").exists():
+    raise SystemExit("no")
+Path(config.run).mkdir(parents=True)
+Path(config.run, "scores.json").write_text(json.dumps({"cam": 40.0 + config.train.batch + config.seed}))
+"""
+
+
+def test_what_has_no_scores_is_run_here_and_the_figures_are_listed(write, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "module.py").write_text(MODULE)
+    with pytest.raises(ChildProcessError, match="sweep.yaml: large/a failed; the same command tries again"):
+        sweep.main([str(write(REPEATED)), "--run", "module"])
+    (tmp_path / "mended").touch()
+    sweep.main([str(write(REPEATED)), "--run", "module"])
+    assert (tmp_path / "ran.txt").read_text().split() == ["small/a", "small/b", "large/a", "large/b", "large/a"]
+    figures = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert figures == ["task runs cam", "small 2 43.0 ± 1.4", "large 2 46.0 ± 2.8"]
+
+
+NOT_ALONE = """
+import os
+import time
+
+print("threads", os.environ["OMP_NUM_THREADS"])
+end = time.monotonic() + 60
+while len(Path("ran.txt").read_text().split()) < 2:
+    if time.monotonic() > end:
+        raise SystemExit("no other runs beside it")
+    time.sleep(0.1)
+"""
+
+
+def test_several_tasks_run_at_a_time_and_print_into_files(write, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "module.py").write_text(MODULE + NOT_ALONE)
+    (tmp_path / "mended").touch()
+    sweep.main([str(write(REPEATED)), "--run", "module", "--jobs", "2"])
+    assert sorted((tmp_path / "ran.txt").read_text().split()) == ["large/a", "large/b", "small/a", "small/b"]
+    threads = max(len(os.sched_getaffinity(0)) // 2, 1)
+    assert (tmp_path / "sweeps/batch/small/a.log").read_text() == f"threads {threads}\n"
+    assert "small 2 43.0 ± 1.4" in " ".join(capsys.readouterr().out.split())
+
+
+def test_figures_of_a_single_run_have_no_spread(write, tmp_path, capsys):
+    (tmp_path / "sweeps/batch/small").mkdir(parents=True)
+    (tmp_path / "sweeps/batch/small/scores.json").write_text('{"cam": 40, "cam_crf": 51.25}')
+    sweep.main([str(write())])
+    listed = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert listed == [["small", "1", "40.0", "51.2"], ["large", "0", "-", "-"]]

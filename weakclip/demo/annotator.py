@@ -1,7 +1,7 @@
 """A small CNN that learnt from labels what pictures show, and says of a picture's labels where in it they are true.
 
 With it, places are learnt from labels alone: by token labelling (Jiang et al., "All Tokens Matter", NeurIPS 2021), where each
-patch of a transformer is trained towards what a CNN finds there. `python -m weakclip.demo.backbones --only cam_cnn` trains it.
+patch of a transformer is trained towards what a CNN finds there. `python -m weakclip.demo.backbones --only annotator` trains it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from weakclip.config import ConfigError
 from weakclip.demo import world
-from weakclip.demo.cam import CamNetwork
 from weakclip.demo.supply import Captions
 from weakclip.labels import DEMO
 
@@ -23,6 +22,25 @@ THINGS = (*DEMO[1:], *world.CLUTTER)
 NOUNS = (*THINGS, *world.GROUNDS)
 LABELS = (*NOUNS, *(f"a {look} {thing}" for thing in THINGS for look in (*world.TEXTURES, *world.BODY_COLOURS)))
 """Phrases of captions. As with ImageNet's, there are things of all kinds among them, and their breeds."""
+
+
+class Annotator(nn.Module):
+    """A CNN of stride 8 whose last map, averaged, says how true each label is of a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for width, stride in ((32, 2), (64, 2), (128, 2), (128, 1), (128, 1)):
+            conv = nn.Conv2d(channels, width, kernel_size=3, stride=stride, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.classify = nn.Conv2d(channels, len(LABELS), kernel_size=1)
+
+    def forward(self, x_B3HW: Tensor) -> Tensor:
+        """Logits of LABELS at each place, B x A x H/8 x W/8."""
+        return self.classify(self.features(x_B3HW))
 
 
 def multi_hot(captions: Sequence[Captions], labels: Sequence[str] = LABELS) -> Tensor:
@@ -34,13 +52,13 @@ def multi_hot(captions: Sequence[Captions], labels: Sequence[str] = LABELS) -> T
     return true
 
 
-def load(path: Path) -> CamNetwork:
-    """The network in a file of `weakclip.demo.backbones`: images [B, 3, H, W] -> logits of LABELS, B x A x H/8 x W/8.
+def load(path: Path) -> Annotator:
+    """The annotator in a file of `weakclip.demo.backbones`.
 
     Raises ConfigError naming a file that is missing.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; `python -m weakclip.demo.backbones --only cam_cnn` trains it")
-    network = CamNetwork(len(LABELS))
+        raise ConfigError(f"{path}: no such file; `python -m weakclip.demo.backbones --only annotator` trains it")
+    network = Annotator()
     network.load_state_dict(load_file(path))
     return network.eval()

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from weakclip import cli
 from weakclip.demo import supply
-from weakclip.demo.annotator import LABELS, load, multi_hot
-from weakclip.demo.cam import CamNetwork
+from weakclip.demo.annotator import LABELS, Annotator, load, multi_hot
+from weakclip.demo.beginning import SelfAttention, begin_near
+from weakclip.demo.state import State
 from weakclip.demo.supply import Pool
 from weakclip.networks import NETWORKS
 from weakclip.networks.resnet38 import Trunk
@@ -52,9 +53,9 @@ class Backbone(NamedTuple):
     """Its model.safetensors, and what the library puts beside it, into a folder."""
 
 
-def cam_cnn() -> Backbone:
-    """That of the network whose activations are the CAMs of `make demo`."""
-    network = CamNetwork(len(LABELS))
+def small_cnn() -> Backbone:
+    """The annotator of the others, and of the small CLIP."""
+    network = Annotator()
     nn.init.constant_(network.classify.bias, PRIOR)  # type: ignore[arg-type]
     return Backbone(network, network, lambda folder: _write(network, folder))
 
@@ -62,6 +63,8 @@ def cam_cnn() -> Backbone:
 def deit_tiny() -> Backbone:
     """timm's, with its classifier on the patches instead of the class token."""
     network = timm.create_model("deit_tiny_patch16_224", num_classes=len(LABELS), img_size=192, dynamic_img_size=True)
+    attentions = [SelfAttention(b.attn.qkv.weight, b.attn.proj.weight, b.attn.num_heads) for b in network.blocks]
+    begin_near(attentions, network.pos_embed[0, network.num_prefix_tokens :])
     nn.init.constant_(network.head.bias, PRIOR)
 
     def maps(images_B3HW: Tensor) -> Tensor:
@@ -92,32 +95,35 @@ def resnet38_narrow() -> Backbone:
 
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {
-    "cam_cnn": cam_cnn,
+    "annotator": small_cnn,
     "deit_tiny": deit_tiny,
     "mit_b0": mit_b0,
     "resnet38_narrow": resnet38_narrow,
 }
-ANNOTATOR = "cam_cnn"
-"""Of the others, so the first."""
+ANNOTATOR = "annotator"
+"""The first, since the others learn from it."""
 
 
 def _write(network: nn.Module, folder: Path) -> None:
     save_file(network.state_dict(), folder / "model.safetensors")
 
 
-def train(backbone: Backbone, name: str, steps: int, seed: int, annotator: nn.Module | None) -> None:
+def train(backbone: Backbone, name: str, steps: int, seed: int, annotator: nn.Module | None, state: Path) -> None:
     """Train on the pictures of other worlds: first on close-ups of half the side, the last 40 % on whole pictures.
 
     annotator: gives the labels of a picture to places in it (token labelling, Jiang et al., NeurIPS 2021); None: no places.
+    state: file from which an interrupted training goes on.
     """
     parameters = list(backbone.network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.05)
-    rng, series = np.random.default_rng(seed), supply.BACKBONE_SEED + 1000 * seed
+    kept = State(state, {"network": backbone.network, "optimizer": optimizer, "schedule": schedule})
+    first = int(kept.restore().get("step", 0))
+    rng, series = np.random.default_rng((seed, first)), supply.BACKBONE_SEED + 100_000 * seed + first
     with supply.drawing_process() as worker:
-        close_ups, whole = Pool(worker, series, 96, True, fresh=8), Pool(worker, series, 192, False, fresh=4)
-        for step in (bar := tqdm(range(steps), name, unit="step", disable=None)):
-            images, captions = close_ups.take(32, rng) if step < 0.6 * steps else whole.take(12, rng)
+        close_ups, whole = Pool(worker, series, 96, True, fresh=4), Pool(worker, series, 192, False, fresh=2)
+        for step in (bar := tqdm(range(first, steps), name, steps, initial=first, unit="step", disable=None)):
+            images, captions = close_ups.take(16, rng) if step < 0.6 * steps else whole.take(8, rng)
             x_B3HW, true_BA = supply.network_input(images), multi_hot(captions)
             maps_BAhw = backbone.maps(x_B3HW)
             loss = _error(maps_BAhw.mean((2, 3)), true_BA)
@@ -129,6 +135,8 @@ def train(backbone: Backbone, name: str, steps: int, seed: int, annotator: nn.Mo
             optimizer.step()
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.3f}")
+            kept.save(step=step + 1)
+    kept.remove()
 
 
 def _error(logits: Tensor, true: Tensor) -> Tensor:
@@ -148,7 +156,7 @@ def main(arguments: Sequence[str]) -> None:
         description="Train backbones for the synthetic world's networks, on labels of other pictures."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for a folder each")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     options = parser.parse_args(arguments)
@@ -159,14 +167,9 @@ def main(arguments: Sequence[str]) -> None:
             continue
         torch.manual_seed(options.seed)
         backbone = BACKBONES[name]()
-        train(
-            backbone,
-            name,
-            options.steps,
-            options.seed,
-            None if name == ANNOTATOR else load(options.out / ANNOTATOR / "model.safetensors"),
-        )
+        annotator = None if name == ANNOTATOR else load(options.out / ANNOTATOR / "model.safetensors")
         folder.mkdir(parents=True, exist_ok=True)
+        train(backbone, name, options.steps, options.seed, annotator, folder / "training.pt")
         backbone.write(folder)
 
 

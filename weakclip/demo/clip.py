@@ -35,8 +35,9 @@ from weakclip import cli
 from weakclip.config import ClipConfig
 from weakclip.data.transforms import IMAGENET
 from weakclip.demo import world
-from weakclip.demo.annotator import NOUNS, load, multi_hot
-from weakclip.demo.cam import CamNetwork
+from weakclip.demo.annotator import NOUNS, Annotator, load, multi_hot
+from weakclip.demo.beginning import SelfAttention, begin_near
+from weakclip.demo.state import State
 from weakclip.demo.supply import PROBE_SEED, TEST_SEED, TRAIN_SEED, Captions, Pool, clock, drawing_process, network_input
 from weakclip.labels import DEMO
 from weakclip.metrics import Scores, confusion
@@ -47,10 +48,10 @@ from weakclip.pretrained import load_clip, open_clip, pack_tokens
 
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": 192, "layers": 6, "width": 128, "head_width": 64, "patch_size": 16},
+    "vision_cfg": {"image_size": 192, "layers": 6, "width": 192, "head_width": 64, "patch_size": 16},
     "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
 }
-ANNOTATOR = Path("runs/demo-backbones/cam_cnn/model.safetensors")
+ANNOTATOR = Path("runs/demo-backbones/annotator/model.safetensors")
 TAPS = (1, 2, 3, 5)  # blocks the probe reads: the method's 3, 5, 7, 11 of twelve, scaled to six
 
 
@@ -105,6 +106,10 @@ def encode_texts(model: open_clip.CLIP, ids_UN: Tensor) -> Tensor:
     return F.normalize(ended @ model.text_projection, dim=-1)
 
 
+def attentions(tower: Any) -> list[SelfAttention]:
+    return [SelfAttention(b.attn.in_proj_weight, b.attn.out_proj.weight, b.attn.num_heads) for b in tower.transformer.resblocks]
+
+
 # Mosaics --------------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +153,7 @@ class Objectives(nn.Module):
 
 
 @torch.no_grad()
-def noun_places(annotator: CamNetwork, regions_R3HW: Tensor, true_RK: Tensor) -> Tensor:
+def noun_places(annotator: Annotator, regions_R3HW: Tensor, true_RK: Tensor) -> Tensor:
     """How much of each patch is what each noun of the caption names, [R, L, K], by a CNN that was trained on such nouns alone."""
     maps_RKhw = annotator(regions_R3HW)[:, : len(NOUNS)].masked_fill(true_RK[:, :, None, None] == 0, -math.inf)
     return F.avg_pool2d(maps_RKhw.softmax(dim=1), 2).flatten(2).transpose(1, 2)
@@ -179,13 +184,14 @@ class Trainer:
 
     peak_lr = 1e-3
 
-    def __init__(self, seed: int, annotator: CamNetwork) -> None:
+    def __init__(self, seed: int, annotator: Annotator) -> None:
         torch.manual_seed(seed)
         self.annotator = annotator
         self.seed, self.step, self.seconds = seed, 0, 0.0
         self.ids = row_ids()
         self.tokenizer = open_clip.SimpleTokenizer(context_length=MODEL_CFG["text_cfg"]["context_length"])
         self.model = open_clip.CLIP(**MODEL_CFG | {"text_cfg": MODEL_CFG["text_cfg"] | {"vocab_size": len(self.ids)}})
+        begin_near(attentions(self.model.visual), self.model.visual.positional_embedding[1:])  # type: ignore[index]
         self.objectives = Objectives()
         parameters = [*self.model.parameters(), *self.objectives.parameters()]
         groups = [
@@ -193,6 +199,7 @@ class Trainer:
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=self.peak_lr, betas=(0.9, 0.98))
+        self.parts = {"model": self.model, "objectives": self.objectives, "optimizer": self.optimizer}
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """[U, E]. Token ids become row numbers; the order stays, so the end of a text is still its largest."""
@@ -209,12 +216,15 @@ class Trainer:
         nouns = [phrases.index(noun) for noun in NOUNS]
         loss = self.objectives.phrases(regions, phrases_UE, true_RU)
         places_RLK = noun_places(self.annotator, network_input(batch.regions), true_RU[:, nouns])
-        loss = loss + self.objectives.nouns(regions, phrases_UE[nouns], places_RLK)
+        loss = loss + 2 * self.objectives.nouns(regions, phrases_UE[nouns], places_RLK)
         return loss + contrast(self.model, whole_BE, self.encode(texts), texts) if texts else loss
 
     def advance(self, batch: Batch, progress: float, rng: np.random.Generator) -> Tensor:
-        """One step at `progress` (0..1) of the whole training. Returns the loss."""
-        lr = self.peak_lr * min(1.0, (self.step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+        """One step at `progress` (0..1) of the whole training. Returns the loss.
+
+        The learning rate is constant up to 70 %: a copy of the state from before goes on for as long as one likes.
+        """
+        lr = self.peak_lr * min(1.0, (self.step + 1) / 200, (1.01 - progress) / 0.3)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = self.loss(batch, rng)
@@ -225,33 +235,21 @@ class Trainer:
         self.step += 1
         return loss.detach()
 
-    def save(self, file: Path) -> None:
-        parts = {"model": self.model, "objectives": self.objectives, "optimizer": self.optimizer}
-        state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-        torch.save(state | {"step": self.step, "seconds": self.seconds}, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
 
-    def restore(self, file: Path) -> None:
-        state = torch.load(file, weights_only=True)
-        for name in ("model", "objectives", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        self.step, self.seconds = state["step"], state["seconds"]
-
-
-def train(folder: Path, minutes: float, seed: int, annotator: CamNetwork) -> Trainer:
+def train(folder: Path, minutes: float, seed: int, annotator: Annotator) -> Trainer:
     """Train for `minutes` of wall time, or what is left of them after an interruption. State: folder/training.pt.
 
-    The first third sees single close-ups of half the side; then mosaics of them and whole pictures take turns.
+    The first tenth sees single close-ups of half the side; then mosaics of them and whole pictures take turns.
     """
-    torch.set_num_threads(2)
-    trainer, state = Trainer(seed, annotator), folder / "training.pt"
-    if state.exists():
-        trainer.restore(state)
+    trainer = Trainer(seed, annotator)
+    state = State(folder / "training.pt", trainer.parts)
+    found = state.restore()
+    trainer.step, trainer.seconds = int(found.get("step", 0)), found.get("seconds", 0.0)
     rng = np.random.default_rng((seed, trainer.step))
-    total, saved = 60 * minutes, trainer.seconds
+    total = 60 * minutes
     with drawing_process() as worker, clock("demo CLIP", total, trainer.seconds) as bar:
         series = TRAIN_SEED + 1000 * seed + trainer.step  # after an interruption the pictures are new ones
-        close_ups, whole = Pool(worker, series, 96, True, fresh=16), Pool(worker, series, 192, False, fresh=6)
+        close_ups, whole = Pool(worker, series, 96, True, 4, first=4096), Pool(worker, series, 192, False, 2, first=2048)
         while trainer.seconds < total:
             started = time.monotonic()
             loss = trainer.advance(_next_batch(close_ups, whole, trainer, total, rng), trainer.seconds / total, rng)
@@ -259,19 +257,17 @@ def train(folder: Path, minutes: float, seed: int, annotator: CamNetwork) -> Tra
             trainer.seconds += passed
             bar.set_postfix(step=trainer.step, loss=f"{loss:.3f}", steps_per_s=f"{1 / passed:.2f}", refresh=False)
             bar.update(min(total, trainer.seconds) - bar.n)
-            if trainer.seconds - saved > 180:
-                trainer.save(state)
-                saved = trainer.seconds
-    state.unlink(missing_ok=True)
+            state.save(step=trainer.step, seconds=trainer.seconds)
+    state.remove()
     return trainer
 
 
 def _next_batch(close_ups: Pool, whole: Pool, trainer: Trainer, total: float, rng: np.random.Generator) -> Batch:
-    if trainer.seconds < 0.35 * total:
-        return Batch(*close_ups.take(64, rng), mosaic=False)
+    if trainer.seconds < 0.1 * total:
+        return Batch(*close_ups.take(32, rng), mosaic=False)
     if trainer.step % 2:
-        return Batch(*whole.take(16, rng), mosaic=False)
-    return Batch(*close_ups.take(64, rng), mosaic=True)
+        return Batch(*whole.take(12, rng), mosaic=False)
+    return Batch(*close_ups.take(32, rng), mosaic=True)
 
 
 # Quality --------------------------------------------------------------------------------------------------------------

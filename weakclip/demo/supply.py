@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from weakclip.data.transforms import IMAGENET
 from weakclip.demo import world
+from weakclip.processes import die_with_parent
 
 TRAIN_SEED, PROBE_SEED, TEST_SEED, BACKBONE_SEED = (
     n * 10**9 for n in (1, 2, 3, 4)
@@ -33,17 +34,19 @@ def _draw(seed: int, start: int, count: int, size: int, close_up: bool) -> tuple
 
 
 class Pool:
-    """The latest `room` pictures of an endless series; a worker draws `fresh` new ones for every batch taken.
+    """The latest `room` pictures of an endless series; a worker draws `first` of them, then `fresh` for every batch taken.
 
     Drawing a picture costs about as much as learning from it, so each one is used a few times.
     """
 
-    def __init__(self, worker: ProcessPoolExecutor, seed: int, size: int, close_up: bool, fresh: int, room: int = 4096):
-        self.worker, self.series, self.fresh, self.room = worker, (size, close_up), fresh, room
+    room = 4096
+
+    def __init__(self, worker: ProcessPoolExecutor, seed: int, size: int, close_up: bool, fresh: int, first: int = 512) -> None:
+        self.worker, self.series, self.fresh = worker, (size, close_up), fresh
         self.seed, self.drawn = seed, 0
-        self.images = np.empty((room, size, size, 3), np.uint8)
-        self.captions: list[Captions] = [()] * room
-        self._order(512)
+        self.images = np.empty((self.room, size, size, 3), np.uint8)
+        self.captions: list[Captions] = [()] * self.room
+        self._order(first)
         self._receive()
 
     def _order(self, count: int) -> None:
@@ -63,8 +66,13 @@ class Pool:
 
 
 def drawing_process() -> ProcessPoolExecutor:
-    """One process that draws pictures when the training leaves it time to."""
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=os.nice, initargs=(10,))
+    """One process that draws pictures when the training leaves it time to, and ends when that does, however it does."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_stand_back)
+
+
+def _stand_back() -> None:
+    die_with_parent()
+    os.nice(10)
 
 
 def clock(name: str, total: float, done: float) -> tqdm:

@@ -228,6 +228,9 @@ CLUTTER: dict[str, tuple[tuple[Region, ...], str, tuple[str, ...]]] = {
 
 GROUNDS = {"grass": "green", "water": "blue", "brick": "rust", "sand": "tan", "sky": "blue", "road": "grey"}
 """Background -> the body colour that blends in with it."""
+ALIKE, SECOND_ALIKE = 0.35, 0.75
+"""How often a body's first and second colour are the background's: a CRF alone shall add but a few points to the CAMs, as on
+photographs (docs/demo_world.md)."""
 
 
 @lru_cache(maxsize=64)
@@ -367,11 +370,13 @@ def _thing(name: str, size: int, side: tuple[float, float], ground: str, rng: np
     kind = KINDS.get(name)
     if kind:
         texture = kind.texture if rng.random() < 0.8 else str(rng.choice(list(TEXTURES)))
-        colour = GROUNDS[ground] if rng.random() < 0.15 else str(rng.choice(BODY_COLOURS))
+        colour = GROUNDS[ground] if rng.random() < ALIKE else str(rng.choice(BODY_COLOURS))
         part_colour = kind.part_colours[int(rng.random() < 0.4)]
     else:
         texture, colour, part_colour = CLUTTER[name][1], str(rng.choice(CLUTTER[name][2])), ""
-    second = str(rng.choice([c for c in BODY_COLOURS if c != colour]))
+    second = GROUNDS[ground] if rng.random() < SECOND_ALIKE else colour
+    if second == colour:
+        second = str(rng.choice([c for c in BODY_COLOURS if c != colour]))
     turn = rng.uniform(-0.3, 0.3) if name not in ("bus", "car") else rng.uniform(-0.12, 0.12)
     return Thing(name, x, y, half, float(rng.choice((-1, 1))), turn, texture, colour, second, part_colour)
 
