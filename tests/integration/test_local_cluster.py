@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from weakclip import rendezvous
+
 pytest_plugins = ["tests.integration.slurm_cluster"]
 pytestmark = pytest.mark.slurm
 
@@ -77,6 +79,12 @@ def test_gpus_are_given_out(cluster):
     assert rows.splitlines() == ["0,1", "0,1"]
     with pytest.raises(AssertionError, match="Requested node configuration is not available"):
         cluster.slurm("srun", "--gres=gpu:5", "true")
+
+
+def test_ranks_of_two_clusters_do_not_meet(cluster, two_nodes):
+    step = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.[1-2]"}
+    first, second = (rendezvous.variables(step | {"SLURM_JOB_ID": str(each.submit("true"))}) for each in (cluster, two_nodes))
+    assert first["MASTER_PORT"] != second["MASTER_PORT"]
 
 
 def test_array_of_four_reaches_the_accounts(cluster):
