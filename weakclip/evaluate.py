@@ -1,6 +1,6 @@
 """Score masks, seeds or CAMs against the ground truth in a shard set.
 
-python -m weakclip.evaluate --config configs/voc.yaml [--what masks|seeds|cam] [--data DIR] [--shards 0:8] [key=value ...]
+python -m weakclip.evaluate --config configs/voc.yaml [--what masks|seeds|cam|cam_crf] [--data DIR] [--shards 0:8] [key=value ...]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -17,13 +18,14 @@ import numpy as np
 from tqdm import tqdm
 
 from weakclip import cli, labels, masks, scores
+from weakclip.behind import Behind
 from weakclip.boundary import boundary_counts
-from weakclip.config import Config
+from weakclip.config import Config, ConfigError, CrfConfig
 from weakclip.data.shard import DecodedSample, Index
 from weakclip.data.stream import StoredSamples, cam_maps, open_index, seed_mask, select_shards
 from weakclip.metrics import Counts, Scores, confusion, percent
 from weakclip.scores import Scored
-from weakclip.seeds import cam_to_seed
+from weakclip.seeds import cam_to_seed, refined_cam
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
@@ -84,14 +86,37 @@ def best_cam_threshold(samples: Iterable[DecodedSample], names: Sequence[str]) -
     return CamScores(**vars(found[best]), threshold=best, curve={at: part.miou for at, part in found.items()})
 
 
+def cam_crf_counts(
+    samples: Iterable[DecodedSample], threshold: float, settings: Sequence[CrfConfig], num_classes: int, processes: int | None
+) -> list[Counts]:
+    """Of the CAMs at a background threshold after a dense CRF, in each of its settings. processes: `pseudo.processes`."""
+    total = [Counts.zero(num_classes)] * len(settings)
+    with Behind(processes) as behind:
+        found = behind.map(partial(_cam_crf_counts, threshold=threshold, settings=settings, num_classes=num_classes), samples)
+        for counts in tqdm(found, "CAM + CRF", unit=" images", disable=None):
+            total = [whole + part for whole, part in zip(total, counts, strict=True)]
+    return total
+
+
+def _cam_crf_counts(sample: DecodedSample, threshold: float, settings: Sequence[CrfConfig], num_classes: int) -> list[Counts]:
+    """Of one image."""
+    maps_nHW, classes = cam_maps(sample), sample.cam.classes if sample.cam else ()
+    return [_count(sample, refined_cam(maps_nHW, classes, sample.image, threshold, crf), num_classes) for crf in settings]
+
+
 def run(config: Config, what: str, data: str, shards: str | None, folder: Path) -> Scores:
-    """Scores of "masks" (those in `folder`), "seeds" or "cam" on `shards` of the shard set `data`."""
+    """Scores of "masks" (those in `folder`), "seeds", "cam" or "cam_crf" on `shards` of the shard set `data`."""
     names = labels.class_names(config.classes)
     index = open_index(data, names, config.data)
     samples = StoredSamples(index, select_shards(index, shards), config.data.workers)
-    if what == "cam":
+    if what in ("cam", "cam_crf"):
+        if what == "cam_crf" and config.pseudo.crf is None:
+            raise ConfigError("pseudo.crf is null: it is the setting in which --what cam_crf takes the CRF")
         found = best_cam_threshold(samples, names)
         print(f"best threshold {found.threshold}; threshold:mIoU (%):\n{found.curve_text()}")
+        if what == "cam_crf" and config.pseudo.crf:
+            settings = [config.pseudo.crf]
+            return cam_crf_counts(samples, found.threshold, settings, len(names), config.pseudo.processes)[0].scores(names)
         return found
     if what == "seeds":
         return score(samples, lambda sample: seed_mask(sample, config.seeds), names)
@@ -121,7 +146,9 @@ def score_shards(config: Config, index: Index, part: str | None, place: Scored) 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m weakclip.evaluate", description="Score masks, seeds or CAMs.")
-    parser.add_argument("--what", choices=("masks", "seeds", "cam"), default="masks", help="what is scored (default: masks)")
+    parser.add_argument(
+        "--what", choices=("masks", "seeds", "cam", "cam_crf"), default="masks", help="what is scored (default: masks)"
+    )
     parser.add_argument("--masks", metavar="DIR", help="folder of KEY.png (default: RUN/pseudo)")
     parser.add_argument("--data", metavar="DIR", help="shard set with ground-truth masks (default: data.train)")
     parser.add_argument("--shards", metavar="N|A:B", help="only these shards of it")

@@ -39,11 +39,16 @@ def refined_seed(
     """
     if not len(classes):
         return np.zeros(maps_nHW.shape[1:], np.uint8)
-    names = np.array([0, *classes], np.uint8)
-    sure_HW, likely_HW = (
-        names[crf.refine(cam_to_probabilities(maps_nHW, threshold), image_HW3, config)] for threshold in (foreground, background)
-    )
+    sure_HW, likely_HW = (refined_cam(maps_nHW, classes, image_HW3, threshold, config) for threshold in (foreground, background))
     return np.where((sure_HW == 0) & (likely_HW != 0), IGNORE, sure_HW).astype(np.uint8)
+
+
+def refined_cam(
+    maps_nHW: np.ndarray, classes: Sequence[int], image_HW3: np.ndarray, background: float, config: CrfConfig
+) -> np.ndarray:
+    """Mask, uint8 H x W: a dense CRF on the image decides between activation maps and a constant `background`."""
+    names = np.array([0, *classes], np.uint8)
+    return names[crf.refine(cam_to_probabilities(maps_nHW, background), image_HW3, config)]
 
 
 def cam_to_probabilities(maps_nHW: np.ndarray, background: float) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from weakclip import evaluate, masks
-from weakclip.config import save
+from weakclip.config import ConfigError, save
 from weakclip.data.shard import Cam, Index
 from weakclip.data.stream import StoredSamples
 
@@ -96,6 +96,21 @@ def test_the_best_cam_threshold_is_found(tmp_path, make_shards):
             samples(index), lambda s, t=chosen: evaluate.cam_to_seed(evaluate.cam_maps(s), (1,), t), NAMES
         )
         assert config_scores.miou == pytest.approx(miou)
+
+
+def test_a_crf_finds_in_the_picture_what_the_cam_has_missed(tmp_path, make_shards, png_of, tiny_config):
+    """The CAM is sure of the left edge alone; the object's half of the picture is bright, the rest dark."""
+    cam_HW = np.where(np.arange(W) < W // 8, 255, 51).astype(np.uint8)[None].repeat(H, axis=0)
+    picture = png_of(np.stack([TRUTH_HW * 200] * 3, axis=2))
+    index = make_shards(tmp_path / "set", 2, image=picture, cam=Cam((1,), cam_HW[None], 1.0), seed=None)
+    config = tiny_config("pseudo.crf={bilateral_sxy: 40, bilateral_srgb: 10, bilateral_compat: 10}", "pseudo.processes=0")
+    scores = {what: evaluate.run(config, what, str(index.root), None, tmp_path).miou for what in ("cam", "cam_crf")}
+    assert scores["cam"] < 0.5 and scores["cam_crf"] > 0.95
+
+
+def test_the_score_of_cams_after_a_crf_needs_its_setting(shards, tiny_config, tmp_path):
+    with pytest.raises(ConfigError, match="pseudo.crf is null: it is the setting in which --what cam_crf takes the CRF"):
+        evaluate.run(tiny_config("pseudo.crf=null"), "cam_crf", str(shards.root), None, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
