@@ -10,7 +10,8 @@
       "b": [seed=1]
 
 Every command takes such a file for `--config`, with `--task INDEX`. `python -m weakclip.sweep FILE` lists the tasks and, where
-their runs have a scores.json, its figures; `--run MODULE` runs, here, those that have none, `--jobs N` at a time.
+their runs have a scores.json, its figures, which `--json OUT` keeps; `--run MODULE` runs, here, those that have none, `--jobs N`
+at a time.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from omegaconf import OmegaConf
 from weakclip import config as configs
 from weakclip import run as runs
 from weakclip.config import Config, ConfigError
+from weakclip.files import write_whole
 from weakclip.tables import Table
 
 
@@ -122,7 +124,7 @@ class Sweep:
         for task in self.tasks:
             found[task.row] += [task.scores()] if task.scores() else []
         names = list(dict.fromkeys(name for each in found.values() for scores in each for name in scores))
-        rows = [(row, len(each), *(_spread([s[n] for s in each if n in s]) for n in names)) for row, each in found.items()]
+        rows = [(row, len(each), *(spread([s[n] for s in each if n in s]) for n in names)) for row, each in found.items()]
         return Table("mean and standard deviation", ("task", "runs", *names), rows)
 
     def run_all(self, module: str, jobs: int = 1) -> None:
@@ -192,7 +194,8 @@ def _named(path: str | Path, key: str, found: Any) -> list[tuple[str, tuple[str,
     return [(name, tuple(overrides)) for name, overrides in found.items()]
 
 
-def _spread(values: Sequence[float]) -> str | None:
+def spread(values: Sequence[float]) -> str | None:
+    """Mean and standard deviation; of a single value that, of none nothing."""
     if len(values) < 2:
         return f"{values[0]:.1f}" if values else None
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
@@ -203,6 +206,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("sweep", metavar="FILE", help="such as configs/sweeps/prompts.yaml")
     parser.add_argument("--run", metavar="MODULE", help="run what has no scores yet, here, such as weakclip.demo")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at a time (1)")
+    parser.add_argument(
+        "--json", type=Path, metavar="OUT", help="write the scores of all runs that have some, by the tasks' names"
+    )
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error("--jobs must be 1 or more")
@@ -214,6 +220,9 @@ def main(arguments: Sequence[str]) -> None:
     finally:
         if any(task.scores() for task in sweep.tasks):
             print(f"\n{sweep.results()}")
+        if options.json:
+            scores = {task.name: task.scores() for task in sweep.tasks if task.scores()}
+            write_whole(options.json, json.dumps(scores, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 
 import pytest
@@ -241,6 +242,7 @@ def test_several_tasks_run_at_a_time_and_print_into_files(write, tmp_path, monke
 def test_figures_of_a_single_run_have_no_spread(write, tmp_path, capsys):
     (tmp_path / "sweeps/batch/small").mkdir(parents=True)
     (tmp_path / "sweeps/batch/small/scores.json").write_text('{"cam": 40, "cam_crf": 51.25}')
-    sweep.main([str(write())])
+    sweep.main([str(write()), "--json", str(tmp_path / "figures.json")])
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"small": {"cam": 40, "cam_crf": 51.25}}
     listed = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
     assert listed == [["small", "1", "40.0", "51.2"], ["large", "0", "-", "-"]]

@@ -16,7 +16,7 @@ def main(arguments: Sequence[str]) -> None:
     config, _ = cli.parse_config(parser, arguments)
     start = time.monotonic()
     scores = pipeline.run(config)
-    print(f"\n{pipeline.table(scores)}\n")
+    print(f"{pipeline.table(scores)}\n")
     print(f"scores    {config.run}/scores.json\npictures  {config.run}/pictures.png\nmasks     {config.run}/pseudo/")
     print(f"curves    tensorboard --logdir {config.run}/tensorboard")
     print(f"took {(time.monotonic() - start) / 60:.1f} minutes")

@@ -23,8 +23,13 @@ from weakclip.demo.baselines import Baselines
 from weakclip.engine import World
 from weakclip.evaluate import count, score, truth
 from weakclip.files import write_whole
+from weakclip.sweep import spread
+from weakclip.tables import Table
 from weakclip.tasks import Refine
 from weakclip.train import train
+
+SWEEP = Path(__file__).parents[1] / "assets" / "demo_seeds.json"
+"""Scores of the runs of configs/sweeps/seeds.yaml: python -m weakclip.sweep configs/sweeps/seeds.yaml --json FILE"""
 
 UNSEEN = 500_000
 """Index of the first picture that no training step sees."""
@@ -91,11 +96,13 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def table(scores: dict[str, float]) -> str:
-    width = max(len(ROWS[name]) for name in scores)
-    return "\n".join(
-        [f"{'mIoU against the exact masks':<{width}}      %"] + [f"{ROWS[n]:<{width}} {v:6.1f}" for n, v in scores.items()]
-    )
+def table(scores: dict[str, float]) -> Table:
+    """A run's scores beside their mean and spread over several seeds of the recipe as it ships."""
+    seeds: dict[str, dict[str, float]] = {}
+    for task, found in json.loads(SWEEP.read_text()).items():  # such as all/0 and exact-masks/0
+        seeds.setdefault(task.rpartition("/")[2], {}).update(found)
+    rows = [(ROWS[name], value, spread([seed[name] for seed in seeds.values()])) for name, value in scores.items()]
+    return Table("", ("mIoU against the exact masks", "%", f"{len(seeds)} seeds"), rows)
 
 
 def draw_shards(config: Config) -> Index:
