@@ -186,7 +186,7 @@ def test_an_unknown_stage_is_refused(command, capsys):
     "stage, more, message",
     [
         ("train", ["train.bacth=2"], "train.bacth=2: unknown key 'train.bacth'; the nearest is 'train.batch'"),
-        ("train", ["data.train=nowhere"], "nowhere/index.json: no such file; `python shards/build.py` makes a shard set"),
+        ("train", ["data.train=nowhere"], "nowhere/index.json: no such file; `python shards/build.py` makes a shard set, `py"),
         ("train", ["classes=coco"], "classes"),
         ("cam", [], "cam.data is null: it names the shard set with labels that CAMs are made for"),
         ("cam", ["cam.data=none", "data.build=[folder,--images,none]"], "none/index.json: no such file"),

@@ -105,7 +105,9 @@ class Index:
         try:
             raw = json.loads(storage.read(INDEX))
         except FileNotFoundError:
-            raise ShardError(f"{file}: no such file; `python shards/build.py` makes a shard set") from None
+            raise ShardError(
+                f"{file}: no such file; `python shards/build.py` makes a shard set, `python -m weakclip.cam` one with CAMs"
+            ) from None
         except StorageError:
             raise
         except (OSError, ValueError, RecursionError) as error:
