@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> None:
     start = time.monotonic()
     scores = pipeline.run(config)
     print(f"{pipeline.table(scores)}\n")
-    print(f"scores    {config.run}/scores.json\npictures  {config.run}/pictures.png\nmasks     {config.run}/pseudo/")
+    print(f"scores    {config.run}/scores.json\npictures  {config.run}/pictures.png\nmasks     {config.run}/masks/")
     print(f"curves    tensorboard --logdir {config.run}/tensorboard")
     print(f"took {(time.monotonic() - start) / 60:.1f} minutes")
 

@@ -66,10 +66,10 @@ def run(config: Config) -> dict[str, float]:
     name = "ceiling" if config.demo.seeds == "exact" else "weakclip"
     for index, row in ((seen, name), (unseen, f"unseen_{name}")):
         _say(f"pseudo masks: {ROWS[row]}")
-        scores |= mask_scores(config, index, folder / "pseudo", row)
+        scores |= mask_scores(config, index, folder / "masks", row)
     rounded = {name: round(value, 2) for name, value in scores.items()}
     write_whole(folder / runs.SCORES, json.dumps(rounded, indent=1) + "\n")
-    draw(config, seen, baselines, folder / "pseudo" / name).save(folder / "pictures.png")
+    draw(config, seen, baselines, folder / "masks" / name).save(folder / "pictures.png")
     return scores
 
 
