@@ -19,6 +19,7 @@ demo: $(READY)
 	$(VENV)/bin/python -m weakclip.demo --config configs/demo.yaml $(ARGS)
 
 clip: $(READY)
+	test -f runs/demo-annotator.safetensors || $(VENV)/bin/python -m weakclip.demo.annotator --out runs/demo-annotator.safetensors
 	$(VENV)/bin/python -m weakclip.demo.clip --out runs/demo-clip $(ARGS)
 
 backbones: $(READY)

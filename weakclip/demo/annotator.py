@@ -1,20 +1,27 @@
 """A small CNN that learnt from labels what pictures show, and says of a picture's labels where in it they are true.
 
-With it, places are learnt from labels alone: by token labelling (Jiang et al., "All Tokens Matter", NeurIPS 2021), where each
-patch of a transformer is trained towards what a CNN finds there. `python -m weakclip.demo.backbones --only annotator` trains it.
+With it, the small CLIP learns places from labels: by token labelling (Jiang et al., "All Tokens Matter", NeurIPS 2021), where
+each patch of a transformer is trained towards what a CNN finds there.
+
+    python -m weakclip.demo.annotator --out runs/demo-annotator.safetensors
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from weakclip import cli
 from weakclip.config import ConfigError
 from weakclip.demo import world
+from weakclip.demo.pretraining import pretrain
 from weakclip.demo.supply import Captions
 from weakclip.labels import DEMO
 
@@ -22,6 +29,8 @@ THINGS = (*DEMO[1:], *world.CLUTTER)
 NOUNS = (*THINGS, *world.GROUNDS)
 LABELS = (*NOUNS, *(f"a {look} {thing}" for thing in THINGS for look in (*world.TEXTURES, *world.BODY_COLOURS)))
 """Phrases of captions. As with ImageNet's, there are things of all kinds among them, and their breeds."""
+
+PRIOR = -3.0  # what the bias of a label begins with: most are false of a picture
 
 
 class Annotator(nn.Module):
@@ -37,6 +46,7 @@ class Annotator(nn.Module):
             channels = width
         self.features = nn.Sequential(*layers)
         self.classify = nn.Conv2d(channels, len(LABELS), kernel_size=1)
+        nn.init.constant_(self.classify.bias, PRIOR)  # type: ignore[arg-type]
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
         """Logits of LABELS at each place, B x A x H/8 x W/8."""
@@ -53,12 +63,34 @@ def multi_hot(captions: Sequence[Captions], labels: Sequence[str] = LABELS) -> T
 
 
 def load(path: Path) -> Annotator:
-    """The annotator in a file of `weakclip.demo.backbones`.
+    """The annotator in a file of this module.
 
     Raises ConfigError naming a file that is missing.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; `python -m weakclip.demo.backbones --only annotator` trains it")
+        raise ConfigError(f"{path}: no such file; `python -m weakclip.demo.annotator --out {path}` trains it")
     network = Annotator()
     network.load_state_dict(load_file(path))
     return network.eval()
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description="Train a small CNN on labels of the synthetic world's pictures.")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--steps", type=int, default=2500)
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    network = Annotator()
+
+    def loss_of(x_B3HW: Tensor, captions: Sequence[Captions]) -> Tensor:
+        """Binary cross-entropy: the sum over labels, the mean over pictures."""
+        logits_BA, true_BA = network(x_B3HW).mean((2, 3)), multi_hot(captions)
+        return F.binary_cross_entropy_with_logits(logits_BA, true_BA, reduction="sum") / len(true_BA)
+
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    pretrain("annotator", {"network": network}, loss_of, options.steps, 0.6, options.out.with_suffix(".training.pt"))
+    save_file(network.state_dict(), options.out)
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

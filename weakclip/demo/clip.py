@@ -51,7 +51,7 @@ MODEL_CFG: dict[str, Any] = {
     "vision_cfg": {"image_size": 192, "layers": 6, "width": 192, "head_width": 64, "patch_size": 16},
     "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
 }
-ANNOTATOR = Path("runs/demo-backbones/annotator/model.safetensors")
+ANNOTATOR = Path("runs/demo-annotator.safetensors")
 TAPS = (1, 2, 3, 5)  # blocks the probe reads: the method's 3, 5, 7, 11 of twelve, scaled to six
 
 
