@@ -57,7 +57,7 @@ def small_clip() -> Any:
 
 
 def deit_tiny() -> Backbone:
-    """timm's, of twelve blocks: the first six are the small CLIP's, the others add nothing yet."""
+    """timm's, of twelve blocks: the last six are the small CLIP's, the others add nothing yet."""
     network = timm.create_model("deit_tiny_patch16_224", num_classes=0, img_size=192, dynamic_img_size=True)
     _begin_as(network, small_clip().visual)
 
@@ -110,12 +110,13 @@ def _begin_as(vit: Any, tower: Any) -> None:
     known = {"norm1": "ln_1", "attn.qkv": "attn.in_proj_", "attn.proj": "attn.out_proj", "norm2": "ln_2"}
     known |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
     blocks = tower.transformer.resblocks
-    for block, other in zip(vit.blocks, blocks, strict=False):
+    more = len(vit.blocks) - len(blocks)
+    for block, other in zip(vit.blocks[more:], blocks, strict=True):
         theirs = other.state_dict()
         for ours, name in known.items():
             own = {kind: theirs[f"{name}{kind}" if name.endswith("_") else f"{name}.{kind}"] for kind in ("weight", "bias")}
             block.get_submodule(ours).load_state_dict(own)
-    for block in vit.blocks[len(blocks) :]:
+    for block in vit.blocks[:more]:
         for last in (block.attn.proj, block.mlp.fc2):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
