@@ -41,8 +41,8 @@ def claim(config: Config, fixed: Sequence[str], resume: bool) -> Path:
 
 
 def _may_come_first(path: Path) -> bool:
-    """Seeds and CAMs may be scored, sweeps begun, jobs submitted and a classifier trained before there is a run."""
-    return path.name in ("sweeps", "jobs", "scores", "classify") or path.name.startswith("scores-")
+    """CAMs may be made, and scored, sweeps begun, jobs submitted and a classifier trained before there is a run."""
+    return path.name in ("sweeps", "jobs", "scores", "classify", "shards") or path.name.startswith("scores-")
 
 
 def check_same(config: Config, fixed: Sequence[str]) -> None:

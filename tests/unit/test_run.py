@@ -48,9 +48,10 @@ def test_files_of_something_else_are_left_alone(tiny_config, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
-def test_scores_of_seeds_may_come_before_the_run(tiny_config, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/scores-seeds.json").touch()
+@pytest.mark.parametrize("earlier", ["scores-seeds.json", "shards/train/index.json"])
+def test_cams_may_be_made_and_scored_in_the_folder_before_the_run(tiny_config, tmp_path, earlier):
+    (tmp_path / "run" / earlier).parent.mkdir(parents=True)
+    (tmp_path / "run" / earlier).touch()
     assert claim(tiny_config(), resume=False) == tmp_path / "run"
 
 
