@@ -101,7 +101,9 @@ def table(scores: dict[str, float]) -> Table:
     seeds: dict[str, dict[str, float]] = {}
     for task, found in json.loads(SWEEP.read_text()).items():  # such as all/0 and exact-masks/0
         seeds.setdefault(task.rpartition("/")[2], {}).update(found)
-    rows = [(ROWS[name], value, spread([seed[name] for seed in seeds.values()])) for name, value in scores.items()]
+    rows = [
+        (ROWS[name], value, spread([seed[name] for seed in seeds.values() if name in seed])) for name, value in scores.items()
+    ]
     return Table("", ("mIoU against the exact masks", "%", f"{len(seeds)} seeds"), rows)
 
 
