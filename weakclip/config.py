@@ -359,12 +359,15 @@ class ClassifyConfig:
     """timm's name of a ViT."""
     pretrained: str | None = None
     """ImageNet weights of the backbone: timm's safetensors or DeiT's .pth; null: a random start."""
+    head_lr: float = 1.0
+    """Factor on `optim.lr` for the class tokens and the patch head."""
     drop_path: float = 0.1
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop=224, ratio=[0.4375, 0.625], max_class_share=1.0))
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, weight_decay=0.05))
     train: TrainConfig = field(default_factory=lambda: TrainConfig(batch=64, steps=10000))
 
     def __post_init__(self) -> None:
+        _require(self.head_lr > 0, "classify.head_lr must be positive")
         _require(0 <= self.drop_path < 1, "classify.drop_path must lie in 0..1")
 
 

@@ -170,7 +170,7 @@ class Classify(Task):
         network = MCTformer(len(self.names), ours.backbone, self.config.augment.crop, ours.drop_path)
         if pretrained and ours.pretrained is not None:
             network.load_pretrained(Path(ours.pretrained))
-        return Classification(network, self.config.precision)
+        return Classification(network, ours.head_lr, self.config.precision)
 
     def target(self, sample: OpenSample) -> np.ndarray:
         return np.full(sample.size, labels.IGNORE, np.uint8)

@@ -17,7 +17,8 @@ from weakclip.data.shard import ShardError, open_sample, read_entry
 from weakclip.data.transforms import IMAGENET
 from weakclip.labels import IGNORE
 from weakclip.networks.base import Network
-from weakclip.networks.training import Segmentation
+from weakclip.networks.mctformer import MCTformer
+from weakclip.networks.training import Classification, Segmentation
 from weakclip.tasks import Classify, Refine, Retrain
 from weakclip.trained import Targets
 
@@ -194,3 +195,12 @@ def test_the_head_has_its_own_rate_and_every_parameter_one():
     groups = network.groups()
     assert [group.lr for group in groups] == [1.0, 10.0] and network.normalisation == IMAGENET
     assert [[*map(id, group.parameters)] for group in groups] == [[id(network.network.body)], [id(network.network.head)]]
+
+
+def test_class_tokens_and_patch_head_have_their_own_rate():
+    network = Classification(MCTformer(3, "deit_tiny_patch16_224", 64), 10.0, "fp32")
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    rest, head = network.groups()
+    assert (rest.lr, head.lr) == (1.0, 10.0)
+    assert {names[id(p)] for p in head.parameters} == {"network.cls_token", "network.head.weight", "network.head.bias"}
+    assert len(rest.parameters) + len(head.parameters) == len(names)

@@ -114,6 +114,10 @@ class MCTformer(nn.Module):
             x_BTD = block(x_BTD)
         return Activations(class_BCL.unflatten(2, grid) * self._find(x_BTD, grid).relu(), affinity_BLL)
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What no pre-training gave: the head, and the class tokens, which begin alike and are to become different."""
+        return [self.cls_token, *self.head.parameters()]
+
     def load_pretrained(self, path: Path) -> None:
         """Load an ImageNet ViT of this architecture: timm's safetensors, or the .pth that DeiT published.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from weakclip.config import Config
 from weakclip.data.cams import pack_cam, quarter
@@ -37,10 +37,7 @@ class Segmentation(Trained):
         return {"segmentation": total / (targets.seeds_BHW != IGNORE).sum().clamp(min=1)}
 
     def groups(self) -> list[Group]:
-        head = self.network.head_parameters()
-        apart = {id(parameter) for parameter in head}
-        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
-        return [Group(rest, 1.0), Group(head, self.head_lr)]
+        return _apart(self, self.network.head_parameters(), self.head_lr)
 
     def predictor(self) -> Predictor:
         device = next(self.parameters()).device
@@ -50,9 +47,9 @@ class Segmentation(Trained):
 class Classification(Trained):
     """MCTformer in training on image labels."""
 
-    def __init__(self, network: mctformer.MCTformer, precision: str) -> None:
+    def __init__(self, network: mctformer.MCTformer, head_lr: float, precision: str) -> None:
         super().__init__()
-        self.network, self.precision, self.normalisation = network, precision, IMAGENET
+        self.network, self.head_lr, self.precision, self.normalisation = network, head_lr, precision, IMAGENET
 
     def forward(self, images_B3HW: Tensor) -> mctformer.Scores:
         with autocast(self.precision, images_B3HW.device):
@@ -60,6 +57,9 @@ class Classification(Trained):
 
     def losses(self, scores: mctformer.Scores, targets: Targets) -> dict[str, Tensor]:
         return mctformer.losses(scores, targets.labels_BK[:, 1:].float())
+
+    def groups(self) -> list[Group]:
+        return _apart(self, self.network.head_parameters(), self.head_lr)
 
     def cam(self, sample: DecodedSample, config: Config) -> Cam:
         """The maps of all classes that the image is labelled with, at a quarter of its sides."""
@@ -76,3 +76,10 @@ class Classification(Trained):
             size=quarter(sample.size),
         )
         return pack_cam(dict(zip(sample.classes, maps_nhw, strict=True)), sample.size, sample.key)
+
+
+def _apart(model: Trained, head: list[nn.Parameter], head_lr: float) -> list[Group]:
+    """The head's parameters, which learn `head_lr` times as fast, apart from the rest."""
+    apart = {id(parameter) for parameter in head}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+    return [Group(rest, 1.0), Group(head, head_lr)]
