@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -128,37 +129,52 @@ class Sweep:
         return Table("mean and standard deviation", ("task", "runs", *names), rows)
 
     def run_all(self, module: str, jobs: int = 1) -> None:
-        """Run `python -m MODULE` on each task that has no scores, `jobs` at a time.
+        """Run `python -m MODULE` on each task that has no scores, `jobs` at a time. SIGTERM ends it and those that run.
 
         Raises ChildProcessError naming the tasks that failed, after all have had their turn.
         """
         todo = [index for index, task in enumerate(self.tasks) if not task.scores()]
         failed, start = [], time.monotonic()
-        pool = ThreadPoolExecutor(jobs)
+        pool, running = ThreadPoolExecutor(jobs), set[subprocess.Popen[bytes]]()
+        earlier = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
         try:
-            ended = pool.map(partial(self._run, module, jobs), todo)
+            ended = pool.map(partial(self._run, module, jobs, running), todo)
             for done, (index, code) in enumerate(zip(todo, ended, strict=True), 1):
                 left = timedelta(seconds=round((time.monotonic() - start) / done * (len(todo) - done)))
                 name, how = self.tasks[index].name, "failed" if code else "done"
                 print(f"\n{name} {how}: {done} of {len(todo)}, {left} left", file=sys.stderr, flush=True)
                 failed += [name] if code else []
         finally:
-            pool.shutdown(cancel_futures=True)
+            signal.signal(signal.SIGTERM, earlier)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()  # a training saves before it ends
+            pool.shutdown()
         if failed:
             raise ChildProcessError(f"{self.path}: {', '.join(failed)} failed; the same command tries again what has no scores")
 
-    def _run(self, module: str, jobs: int, index: int) -> int:
-        """The exit status of one task. Where several run at a time they share the cores, and each prints into RUN.log."""
+    def _run(self, module: str, jobs: int, running: set[subprocess.Popen[bytes]], index: int) -> int:
+        """The exit status of one task, which is `running` until then. Where several run at a time they share the cores, and each
+        prints into RUN.log."""
         task = self.tasks[index]
         command = [sys.executable, "-m", module, "--config", str(self.path), "--task", str(index)]
         if jobs == 1:
-            return subprocess.run(command, check=False).returncode
+            return _wait_for(subprocess.Popen(command), running)
         threads, log = max(len(os.sched_getaffinity(0)) // jobs, 1), task.run.with_name(f"{task.run.name}.log")
         print(f"{task.name}: {log}", file=sys.stderr, flush=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w") as out:
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            return subprocess.run(command, check=False, stdout=out, stderr=subprocess.STDOUT, env=environment).returncode
+            return _wait_for(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment), running)
+
+
+def _wait_for(process: subprocess.Popen[bytes], running: set[subprocess.Popen[bytes]]) -> int:
+    """Its exit status; until then it is in `running`."""
+    running.add(process)
+    try:
+        return process.wait()
+    finally:
+        running.discard(process)
 
 
 def is_sweep(path: str | Path) -> bool:

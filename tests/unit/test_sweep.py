@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -237,6 +241,29 @@ def test_several_tasks_run_at_a_time_and_print_into_files(write, tmp_path, monke
     threads = max(len(os.sched_getaffinity(0)) // 2, 1)
     assert (tmp_path / "sweeps/batch/small/a.log").read_text() == f"threads {threads}\n"
     assert "small 2 43.0 ± 1.4" in " ".join(capsys.readouterr().out.split())
+
+
+ENDLESS = """
+import os
+import time
+
+Path("pid").write_text(str(os.getpid()))
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_sigterm_ends_what_runs_as_well(repo, write, tmp_path, jobs):
+    (tmp_path / "module.py").write_text(f"from pathlib import Path\n{ENDLESS}")
+    line = [sys.executable, "-m", "weakclip.sweep", write('tasks: {"small": []}\n'), "--run", "module", "--jobs", str(jobs)]
+    with subprocess.Popen(line, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(repo)}) as command:
+        end = time.monotonic() + 60
+        while not ((tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()) and time.monotonic() < end:
+            time.sleep(0.1)
+        command.terminate()
+        assert command.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_figures_of_a_single_run_have_no_spread(write, tmp_path, capsys):
