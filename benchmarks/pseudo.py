@@ -121,8 +121,7 @@ class Seconds(NamedTuple):
 def ours(
     predictor: infer.Predictor, samples: Sequence[DecodedSample], config: Config, out: Path, curves: Curves, behind: Behind
 ) -> None:
-    with pseudo.threads(max(len(os.sched_getaffinity(0)) // 2, 1)):
-        pseudo.write_masks(predictor, config, samples, out, curves, behind)
+    pseudo.write_masks(predictor, config, samples, out, curves, behind)
 
 
 def one_round(

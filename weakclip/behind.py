@@ -1,4 +1,4 @@
-"""Processes that finish what this one begins."""
+"""Threads that share what this process does, and processes that finish what it begins."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
+
+import torch
 
 from weakclip.interrupt import SIGNALS, held_back
 from weakclip.processes import die_with_parent
@@ -26,7 +29,7 @@ class Behind:
     """
 
     def __init__(self, processes: int | None) -> None:
-        processes = len(os.sched_getaffinity(0)) if processes is None else processes
+        self.processes = processes = len(os.sched_getaffinity(0)) if processes is None else processes
         # Spawned, not forked: a fork would copy the locks of torch's threads, and cannot use a GPU that this process uses.
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(processes, context, _leave_signals_to_the_parent) if processes else None
@@ -47,17 +50,45 @@ class Behind:
         if self._pool is None:
             yield from map(function, arguments)
             return
-        running: deque[Future[R]] = deque()
         try:
-            for argument in arguments:
-                with held_back(), _large_pages():  # this may begin a process
-                    running.append(self._pool.submit(function, argument))
-                while running and (running[0].done() or len(running) > self._most):
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
+            yield from _in_order(partial(_submit, self._pool, function), arguments, self._most)
         except BrokenProcessPool:
             raise ValueError("a process ended abruptly, perhaps for want of memory; use fewer (pseudo.processes)") from None
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[A], R], argument: A) -> Future[R]:
+    with held_back(), _large_pages():  # this may begin a process
+        return pool.submit(function, argument)
+
+
+def map_in_threads(function: Callable[[A], R], threads: int, arguments: Iterable[A]) -> Iterator[R]:
+    """`map(function, arguments)` by so many threads, results in order; at most two a thread are on their way.
+
+    Each has one core for torch: several results side by side make more of the cores than one after the other on all of them, and
+    do not depend on their number. One thread means this one, with as many cores as it has.
+    """
+    if threads <= 1:
+        yield from map(function, arguments)
+        return
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)  # of threads that begin from now on, too
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield from _in_order(lambda argument: pool.submit(function, argument), arguments, 2 * threads)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
+
+
+def _in_order(submit: Callable[[A], Future[R]], arguments: Iterable[A], most: int) -> Iterator[R]:
+    """Results of what is submitted, of which at most so many are on their way."""
+    running: deque[Future[R]] = deque()
+    for argument in arguments:
+        running.append(submit(argument))
+        while running and (running[0].done() or len(running) > most):
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
 
 
 @contextmanager

@@ -6,20 +6,17 @@ python -m weakclip.pseudo --config configs/voc.yaml [--weights best] [--data DIR
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from weakclip import cli, infer, masks
 from weakclip import weights as stored
-from weakclip.behind import Behind
+from weakclip.behind import Behind, map_in_threads
 from weakclip.config import Config
 from weakclip.data.shard import DecodedSample, Index
 from weakclip.data.stream import StoredSamples, open_index, select_shards
@@ -43,35 +40,29 @@ def write_masks(
 ) -> None:
     """KEY.png of every sample into `out`; a mask that is there already is left alone.
 
-    The network runs here; CRFs and files are left to the processes of `behind`, which are handed likely classes alone.
+    The network runs here, on a CPU for as many images at a time as `behind` has processes, to which CRFs and files are left. They
+    are handed likely classes alone.
     """
     unlabelled: list[str] = []
 
-    def unfinished() -> Iterator[Unfinished]:
+    def missing() -> Iterator[DecodedSample]:
         for sample in samples:
             if masks.is_made(out, sample.key, config.pseudo.soft):
                 continue
-            found = likely(predictor, sample, config, say)
             if config.pseudo.restrict_to_labels and not sample.classes:
                 unlabelled.append(sample.key)
-            yield Unfinished(replace(sample, mask=None), found, predictor.num_classes, config, out)
+            yield sample
 
-    for quality in behind.map(finish, unfinished()):
+    def unfinished(sample: DecodedSample) -> Unfinished:
+        found = likely(predictor, sample, config, say)
+        return Unfinished(replace(sample, mask=None), found, predictor.num_classes, config, out)
+
+    threads = behind.processes if predictor.device.type == "cpu" else 1
+    for quality in behind.map(finish, map_in_threads(unfinished, threads, missing())):
         curves.add(quality)
     if unlabelled:
         some = ", ".join(unlabelled[:10]) + (", ..." if len(unlabelled) > 10 else "")
         say(f"warning: {len(unlabelled)} images have no label, so their masks are background alone: {some}")
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """So many for torch on the CPU: the network takes about as long as the CRFs, which need cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(number, before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def run(config: Config, data: str, weights: Path, out: Path, shards: str | None = None) -> Path:
@@ -92,10 +83,8 @@ def write(task: Task, index: Index, part: str | None, weights: Path, out: Path) 
     samples = StoredSamples(index, missing, config.data.workers)
     board = task.run / "tensorboard" / out.name / ("" if part is None else f"shards-{part.replace(':', '-')}")
     curves = Curves(board, len(entries) - len(missing))
-    cores = len(os.sched_getaffinity(0))
-    processes = config.pseudo.processes
     try:
-        with Behind(processes) as behind, threads(cores if processes == 0 else max(cores // 2, 1)):
+        with Behind(config.pseudo.processes) as behind:
             write_masks(predictor, config, tqdm(samples, "masks", unit=" images", disable=None), out, curves, behind)
     except NotFinite as error:
         raise ValueError(f"{weights}: {error}") from None
