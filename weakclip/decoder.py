@@ -12,6 +12,8 @@ from weakclip.config import DecoderConfig
 
 
 def resize(x_BCHW: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    if x_BCHW.shape[2:] == tuple(size):
+        return x_BCHW
     return F.interpolate(x_BCHW, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 

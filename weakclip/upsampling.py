@@ -8,10 +8,12 @@ rows sum to one and have no negative weights: a pixel is a weighted mean of cell
 That bounds probabilities before anything is computed at full size. Subtract the logsumexp over classes from each cell (a
 softmax does not notice); no class' mean then exceeds its largest value in the cells that a tile of pixels sees, so classes with
 small values everywhere in those cells can be left out, and the sum over the others says how large an error that is at most.
+The rest is exponentials, which are powers of two here: torch makes those about four times as fast as exp (2.13, AVX-512).
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,7 +25,7 @@ LARGEST_ERROR = 1e-3
 """Most that probabilities of a pixel may lose to classes that are left out, all of them together: a quarter of what an 8-bit
 probability can show."""
 SMALLEST_SUM = 1e-20
-"""Of exponentials, that still divides without a loss; a NaN is none either."""
+"""Of powers, that still divides without a loss; a NaN is none either."""
 TILE = 64
 """Side, pixels, of the squares in which a CPU works: classes that matter in one are few, and their values stay in its cache."""
 WHOLE = 1 << 30
@@ -112,29 +114,29 @@ def add_probabilities(total_KhW: Tensor, part: Pass, weight: float, tile: int, s
     device = part.logits_Krc.device
     rows, columns = (spans(grid, tile, device) for grid in (part.rows, part.columns))
     prune = tile < WHOLE
-    scores_Krc = part.logits_Krc.log_softmax(0) if prune else part.logits_Krc
+    binary_Krc = part.logits_Krc.log_softmax(0).mul_(math.log2(math.e)) if prune else None
     for row in rows if strip is None else rows[strip : strip + 1]:
-        seen_Krc = scores_Krc[:, row.cells_c]
         total_Khw = total_KhW[:, row.pixels] if strip is None else total_KhW
         for column in columns:
-            target_Khw, cells_Krc = total_Khw[:, :, column.pixels], seen_Krc[:, :, column.cells_c]
-            if not (prune and _add_those_that_matter(target_Khw, cells_Krc, row, column, weight)):
-                target_Khw.add_(upsample(cells_Krc, row, column).softmax(0), alpha=weight)
+            target_Khw, seen = total_Khw[:, :, column.pixels], (slice(None), row.cells_c[:, None], column.cells_c)
+            if binary_Krc is None or not _add_those_that_matter(target_Khw, binary_Krc[seen], row, column, weight):
+                target_Khw.add_(upsample(part.logits_Krc[seen], row, column).softmax(0), alpha=weight)
 
 
-def _add_those_that_matter(total_Khw: Tensor, scores_Krc: Tensor, row: Span, column: Span, weight: float) -> bool:
+def _add_those_that_matter(total_Khw: Tensor, binary_Krc: Tensor, row: Span, column: Span, weight: float) -> bool:
     """Add the probabilities of one tile, unless too much would be missing: then nothing is added, and the answer is False.
 
-    A pixel's probabilities are exp(z_k) over the sum of exp(z_j); no z_k exceeds the largest score of k in the tile's cells.
+    binary_Krc: binary logarithms of the cells' probabilities. A pixel's probabilities are 2^z_k over the sum of 2^z_j; no z_k
+    exceeds the largest of class k in the tile's cells.
     """
-    bounds_K, ascending_K = scores_Krc.amax((1, 2)).exp().sort()
+    bounds_K, ascending_K = binary_Krc.amax((1, 2)).exp2().sort()
     missing_K = bounds_K.cumsum(0)
     dropped = int((missing_K <= LARGEST_ERROR / 4).sum())  # the sum is rarely less than 1/4
     missing = float(missing_K[dropped - 1]) if dropped else 0.0
     kept_n = ascending_K[dropped:].sort().values
-    exponentials_nhw = upsample(scores_Krc[kept_n], row, column).exp_()
-    sum_hw = exponentials_nhw.sum(0)
+    powers_nhw = upsample(binary_Krc[kept_n], row, column).exp2_()
+    sum_hw = powers_nhw.sum(0)
     if not float(sum_hw.min()) >= max(missing / LARGEST_ERROR, SMALLEST_SUM):
         return False
-    total_Khw.index_add_(0, kept_n, exponentials_nhw.div_(sum_hw), alpha=weight)
+    total_Khw.index_add_(0, kept_n, powers_nhw.div_(sum_hw), alpha=weight)
     return True
