@@ -407,7 +407,7 @@ class DemoConfig:
     seed: int = 0
     """Which world: another seed, other pictures."""
     size: int = 240
-    """Training pictures; a quarter as many unseen ones."""
+    """Training pictures, and as many unseen ones."""
     seeds: str = "cam"
     """cam: train on class activation maps; exact: on the exact masks (the ceiling of model and budget)."""
 

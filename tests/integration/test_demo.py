@@ -32,6 +32,7 @@ def test_the_demo_scores_cams_and_weakclip_on_seen_and_unseen_images(launch, tmp
     assert all(0 < value < 100 for value in scores.values())
     assert re.search(rf"^WeakCLIP \+ dense CRF +{scores['weakclip_crf']:.1f}  \d\d\.\d ± \d\.\d$", done.stdout, re.MULTILINE)
     assert len(list((run / "masks" / "weakclip").glob("*.png"))) == 8
+    assert len(list((run / "masks" / "unseen_weakclip").glob("*.png"))) == 8
     assert Image.open(run / "pictures.png").width > 1000
     assert all(sample.cam is not None and sample.seed is not None for sample in samples(run))
     again = demo(launch, run)  # finished work is kept

@@ -108,7 +108,7 @@ def table(scores: dict[str, float]) -> Table:
 
 
 def draw_shards(config: Config) -> Index:
-    """Shards of the labelled training pictures, at `cam.data`, and of a quarter as many unseen, at `data.val`; the latter."""
+    """Shards of the labelled training pictures, at `cam.data`, and of as many unseen ones, at `data.val`; the latter."""
     names, demo = labels.class_names(config.classes), config.demo
 
     def training_sample(index: int) -> Sample:
@@ -118,12 +118,12 @@ def draw_shards(config: Config) -> Index:
     def unseen_sample(index: int) -> Sample:
         return shard_sample(f"unseen_{index:05d}", world.picture(demo.seed, UNSEEN + index))
 
-    for out, load, size in ((config.cam.data, training_sample, demo.size), (config.data.val, unseen_sample, demo.size // 4)):
+    for out, load in ((config.cam.data, training_sample), (config.data.val, unseen_sample)):
         path = Path(str(out))
         if not (path / "index.json").is_file():
-            _say(f"drawing {size} pictures")
+            _say(f"drawing {demo.size} pictures")
             path.parent.mkdir(parents=True, exist_ok=True)
-            build_shards(range(size), load, path, names, samples_per_shard=64)
+            build_shards(range(demo.size), load, path, names, samples_per_shard=64)
     return open_index(str(config.data.val), names)
 
 
