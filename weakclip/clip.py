@@ -49,8 +49,7 @@ class VisionTower(nn.Module):
         taps = []
         for index, block in enumerate(self.blocks):
             rate = self.drop_paths[index] if drop_path else 0.0
-            x_BLD = x_BLD + _drop_path(block.ls_1(block.attention(q_x=block.ln_1(x_BLD))), rate)
-            x_BLD = x_BLD + _drop_path(block.ls_2(block.mlp(block.ln_2(x_BLD))), rate)
+            x_BLD = _run(block, x_BLD, rate)
             taps += [_to_map(x_BLD[:, 1:], h, w)] * self.taps.count(index)
         joint_BLE = self.ln_post(x_BLD) @ self.proj
         return VisionFeatures(taps, joint_BLE[:, 0], _to_map(joint_BLE[:, 1:], h, w))
@@ -86,11 +85,9 @@ class TextTower(nn.Module):
         K, N = names_KL.shape[0], prompts_ND.shape[0]
         names_KLD = self.token_embedding(names_KL)
         x_KLD = torch.cat([names_KLD[:, :1], prompts_ND.expand(K, -1, -1).to(names_KLD.dtype), names_KLD[:, 1:]], dim=1)
-        L = x_KLD.shape[1]
-        x_KLD = x_KLD + self.positional_embedding[:L]
-        causal_LL = torch.full((L, L), float("-inf"), device=x_KLD.device).triu(1)
+        x_KLD = x_KLD + self.positional_embedding[: x_KLD.shape[1]]
         for block in self.blocks:
-            x_KLD = block(x_KLD, attn_mask=causal_LL)
+            x_KLD = _run(block, x_KLD, causal=True)
         end_K = names_KL.argmax(-1) + N  # the end token has the largest id
         return self.ln_final(x_KLD[torch.arange(K, device=x_KLD.device), end_K]) @ self.text_projection
 
@@ -142,6 +139,20 @@ def _resize_positions(embedding_LD: Tensor, h: int, w: int) -> Tensor:
     grid_1Dhw = embedding_LD[1:].T.reshape(1, -1, side, side)
     grid_1Dhw = F.interpolate(grid_1Dhw, size=(h, w), mode="bilinear")
     return torch.cat([embedding_LD[:1], grid_1Dhw.flatten(2)[0].T])
+
+
+def _run(block: Any, x_BLD: Tensor, drop_path: float = 0.0, causal: bool = False) -> Tensor:
+    """One of open_clip's residual blocks, with stochastic depth in both branches."""
+    x_BLD = x_BLD + _drop_path(block.ls_1(_attend(block.attn, block.ln_1(x_BLD), causal)), drop_path)
+    return x_BLD + _drop_path(block.ls_2(block.mlp(block.ln_2(x_BLD))), drop_path)
+
+
+def _attend(attention: nn.MultiheadAttention, x_BLD: Tensor, causal: bool) -> Tensor:
+    """What `attention` gives. It would see the tokens as L x B x D, and torch multiply them by the weights in L small products."""
+    qkv_BL3D = F.linear(x_BLD, attention.in_proj_weight, attention.in_proj_bias)
+    q_BHLd, k_BHLd, v_BHLd = qkv_BL3D.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed_BLD = F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, is_causal=causal).transpose(1, 2).flatten(2)
+    return attention.out_proj(mixed_BLD)
 
 
 def _to_map(tokens_BLD: Tensor, h: int, w: int) -> Tensor:
