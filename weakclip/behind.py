@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -34,6 +35,7 @@ class Behind:
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(processes, context, _leave_signals_to_the_parent) if processes else None
         self._most = 2 * processes
+        self._submitting = threading.Lock()
 
     def __enter__(self) -> Behind:
         return self
@@ -50,15 +52,27 @@ class Behind:
         if self._pool is None:
             yield from map(function, arguments)
             return
-        try:
-            yield from _in_order(partial(_submit, self._pool, function), arguments, self._most)
-        except BrokenProcessPool:
-            raise ValueError("a process ended abruptly, perhaps for want of memory; use fewer (pseudo.processes)") from None
+        with _broken():
+            yield from _in_order(partial(self._submit, self._pool, function), arguments, self._most)
+
+    def run(self, function: Callable[[A], R], argument: A) -> R:
+        """`function(argument)`. The thread that calls waits for it, so that it and the process load one core. Raises as `map`."""
+        if self._pool is None:
+            return function(argument)
+        with _broken():
+            return self._submit(self._pool, function, argument).result()
+
+    def _submit(self, pool: ProcessPoolExecutor, function: Callable[[A], R], argument: A) -> Future[R]:
+        with self._submitting, held_back(), _large_pages():  # this may begin a process
+            return pool.submit(function, argument)
 
 
-def _submit(pool: ProcessPoolExecutor, function: Callable[[A], R], argument: A) -> Future[R]:
-    with held_back(), _large_pages():  # this may begin a process
-        return pool.submit(function, argument)
+@contextmanager
+def _broken() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise ValueError("a process ended abruptly, perhaps for want of memory; use fewer (pseudo.processes)") from None
 
 
 def map_in_threads(function: Callable[[A], R], threads: int, arguments: Iterable[A]) -> Iterator[R]:

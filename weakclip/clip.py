@@ -148,7 +148,7 @@ def _run(block: Any, x_BLD: Tensor, drop_path: float = 0.0, causal: bool = False
 
 
 def _attend(attention: nn.MultiheadAttention, x_BLD: Tensor, causal: bool) -> Tensor:
-    """What `attention` gives. It would see the tokens as L x B x D, and torch multiply them by the weights in L small products."""
+    """What `attention` gives. It would see tokens as L x B x D, which torch multiplies by the weights in L small products."""
     qkv_BL3D = F.linear(x_BLD, attention.in_proj_weight, attention.in_proj_bias)
     q_BHLd, k_BHLd, v_BHLd = qkv_BL3D.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     mixed_BLD = F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, is_causal=causal).transpose(1, 2).flatten(2)

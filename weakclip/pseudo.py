@@ -40,8 +40,8 @@ def write_masks(
 ) -> None:
     """KEY.png of every sample into `out`; a mask that is there already is left alone.
 
-    The network runs here, on a CPU for as many images at a time as `behind` has processes, to which CRFs and files are left. They
-    are handed likely classes alone.
+    The network runs here; CRFs and files are left to `behind`, which is handed likely classes alone. A GPU goes on meanwhile. On
+    a CPU as many images are on their way as `behind` has processes, each on one core from the network to its files.
     """
     unlabelled: list[str] = []
 
@@ -57,8 +57,11 @@ def write_masks(
         found = likely(predictor, sample, config, say)
         return Unfinished(replace(sample, mask=None), found, predictor.num_classes, config, out)
 
-    threads = behind.processes if predictor.device.type == "cpu" else 1
-    for quality in behind.map(finish, map_in_threads(unfinished, threads, missing())):
+    if predictor.device.type == "cpu":
+        made = map_in_threads(lambda sample: behind.run(finish, unfinished(sample)), behind.processes, missing())
+    else:
+        made = behind.map(finish, map(unfinished, missing()))
+    for quality in made:
         curves.add(quality)
     if unlabelled:
         some = ", ".join(unlabelled[:10]) + (", ..." if len(unlabelled) > 10 else "")

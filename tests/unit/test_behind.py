@@ -22,6 +22,10 @@ def square(number: int) -> int:
     return number * number
 
 
+def os_and_square(number: int) -> tuple[int, int]:
+    return os.getpid(), square(number)
+
+
 def die(_number: int) -> None:
     os._exit(3)
 
@@ -36,6 +40,17 @@ def test_results_come_in_order_and_errors_as_they_are(processes):
         assert [*behind.map(square, range(9))] == [n * n for n in range(9)]
         with pytest.raises(OSError, match="No space left on device: '-1.png'"):
             [*behind.map(square, [1, -1, 2])]
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_each_of_several_threads_can_leave_its_work_to_a_process(processes):
+    with Behind(processes) as behind:
+        found = [*map_in_threads(lambda n: behind.run(os_and_square, n), 3, range(9))]
+        assert [square for _, square in found] == [n * n for n in range(9)]
+        assert (os.getpid() in {process for process, _ in found}) == (not processes)
+        with pytest.raises(OSError, match="No space left on device: '-1.png'"):
+            behind.run(square, -1)
+    assert "GLIBC_TUNABLES" not in os.environ
 
 
 def test_arguments_are_made_as_they_are_needed():
@@ -75,6 +90,8 @@ def test_each_of_several_threads_has_one_core_for_torch():
 def test_a_process_that_dies_is_an_error():
     with pytest.raises(ValueError, match=r"a process ended abruptly, .* \(pseudo.processes\)"), Behind(1) as behind:
         [*behind.map(die, range(3))]
+    with pytest.raises(ValueError, match=r"a process ended abruptly, .* \(pseudo.processes\)"), Behind(1) as behind:
+        behind.run(die, 0)
 
 
 def test_the_processes_leave_a_jobs_signals_to_the_one_that_began_them():
