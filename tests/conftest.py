@@ -166,6 +166,16 @@ def tiny_model(tiny_recipe) -> Callable[..., Any]:
     return lambda *overrides: copy.deepcopy(build(*overrides))
 
 
+@pytest.fixture
+def weights(tiny_model, tmp_path) -> Path:
+    """last.safetensors of the run that `tiny_config` means, the tiny model's."""
+    from weakclip import weights as stored
+
+    path = tmp_path / "run/weights/last.safetensors"
+    stored.save(tiny_model(), path, step=3)
+    return path
+
+
 def png(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG")

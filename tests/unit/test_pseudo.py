@@ -23,14 +23,6 @@ from weakclip.quality import Curves
 NO_CRF = "pseudo.crf=null"
 
 
-@pytest.fixture
-def weights(tiny_model, tmp_path):
-    """The run's last.safetensors."""
-    path = tmp_path / "run/weights/last.safetensors"
-    stored.save(tiny_model(), path, step=3)
-    return path
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, make_shards):
     return make_shards(tmp_path_factory.mktemp("pseudo") / "set", 3, 2)

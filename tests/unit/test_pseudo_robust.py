@@ -18,13 +18,6 @@ from weakclip.stages import STAGES
 NO_CRF = "pseudo.crf=null"
 
 
-@pytest.fixture
-def weights(tiny_model, tmp_path):
-    path = tmp_path / "run/weights/last.safetensors"
-    stored.save(tiny_model(), path, step=3)
-    return path
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, make_shards):
     return make_shards(tmp_path_factory.mktemp("pseudo") / "set", 7, 2, H=70, W=90)
