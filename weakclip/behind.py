@@ -79,11 +79,8 @@ def map_in_threads(function: Callable[[A], R], threads: int, arguments: Iterable
     """`map(function, arguments)` by so many threads, results in order; at most two a thread are on their way.
 
     Each has one core for torch: several results side by side make more of the cores than one after the other on all of them, and
-    do not depend on their number. One thread means this one, with as many cores as it has.
+    do not depend on their number.
     """
-    if threads <= 1:
-        yield from map(function, arguments)
-        return
     cores = torch.get_num_threads()
     torch.set_num_threads(1)  # of threads that begin from now on, too
     pool = ThreadPoolExecutor(threads)

@@ -289,8 +289,8 @@ class PseudoConfig:
     soft: bool = False
     """Write the probabilities, too, as they are before the CRF: KEY.npz beside KEY.png."""
     processes: int | None = None
-    """Processes for the CRF and the files, beside the network's, which does as many images at a time on a CPU; null: one a core
-    that this job may use; 0: none."""
+    """Processes for the CRF and the files, beside the network's; two or more, on a CPU: so many images at a time, a core each.
+    null: one a core that this job may use; 0: none."""
 
     def __post_init__(self) -> None:
         _require(bool(self.scales) and min(self.scales) > 0, "pseudo.scales must be positive numbers")

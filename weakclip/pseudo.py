@@ -40,8 +40,9 @@ def write_masks(
 ) -> None:
     """KEY.png of every sample into `out`; a mask that is there already is left alone.
 
-    The network runs here; CRFs and files are left to `behind`, which is handed likely classes alone. A GPU goes on meanwhile. On
-    a CPU as many images are on their way as `behind` has processes, each on one core from the network to its files.
+    The network runs here; CRFs and files are left to `behind`, which is handed likely classes alone, while the network goes on to
+    the next image. On a CPU it is better to have as many images on their way as `behind` has processes, each on one core from the
+    network to its files.
     """
     unlabelled: list[str] = []
 
@@ -57,7 +58,7 @@ def write_masks(
         found = likely(predictor, sample, config, say)
         return Unfinished(replace(sample, mask=None), found, predictor.num_classes, config, out)
 
-    if predictor.device.type == "cpu":
+    if predictor.device.type == "cpu" and behind.processes > 1:
         made = map_in_threads(lambda sample: behind.run(finish, unfinished(sample)), behind.processes, missing())
     else:
         made = behind.map(finish, map(unfinished, missing()))

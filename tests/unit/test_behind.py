@@ -22,7 +22,7 @@ def square(number: int) -> int:
     return number * number
 
 
-def os_and_square(number: int) -> tuple[int, int]:
+def process_and_square(number: int) -> tuple[int, int]:
     return os.getpid(), square(number)
 
 
@@ -45,7 +45,7 @@ def test_results_come_in_order_and_errors_as_they_are(processes):
 @pytest.mark.parametrize("processes", [0, 2])
 def test_each_of_several_threads_can_leave_its_work_to_a_process(processes):
     with Behind(processes) as behind:
-        found = [*map_in_threads(lambda n: behind.run(os_and_square, n), 3, range(9))]
+        found = [*map_in_threads(lambda n: behind.run(process_and_square, n), 3, range(9))]
         assert [square for _, square in found] == [n * n for n in range(9)]
         assert (os.getpid() in {process for process, _ in found}) == (not processes)
         with pytest.raises(OSError, match="No space left on device: '-1.png'"):
@@ -59,7 +59,7 @@ def test_arguments_are_made_as_they_are_needed():
         assert next(behind.map(square, (made.append(n) or n for n in range(100)))) == 0 and len(made) <= 4
 
 
-@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_threads_give_results_in_order_and_errors_as_they_are(threads):
     assert [*map_in_threads(square, threads, range(9))] == [n * n for n in range(9)]
     done = []
@@ -81,7 +81,6 @@ def test_each_of_several_threads_has_one_core_for_torch():
     torch.set_num_threads(3)
     try:
         assert [*map_in_threads(lambda _: torch.get_num_threads(), 2, range(4))] == [1] * 4
-        assert [*map_in_threads(lambda _: torch.get_num_threads(), 1, range(2))] == [3] * 2
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
