@@ -1,6 +1,7 @@
 """Write a shard set, or tar shards of another origin, anew with so many samples a shard; order and members stay as they are.
 
 python shards/reshard.py shards_train --out shards_train_large --samples-per-shard 1024
+python shards/reshard.py shards_train --seeds runs/voc/pseudo --out shards_pseudo       # with pseudo masks as seeds
 python shards/reshard.py foreign_tars --classes voc --out shards_train
 
 The order of training depends on the shards' sizes: a run goes on exactly only with the set that it was begun with.
@@ -14,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,9 +28,14 @@ from weakclip.labels import class_names
 from weakclip.processes import map_in_processes
 
 
-def load_stored(stored: tuple[Index, Entry]) -> PackedSample:
+def load_stored(stored: tuple[Index, Entry], seeds: Path | None = None) -> PackedSample:
+    """seeds: the folder of a KEY.png that becomes the sample's seed mask."""
     index, entry = stored
-    return PackedSample(entry.key, read_entry(index, entry), f"{index.storage}/{entry.shard}")
+    parts = read_entry(index, entry)
+    if seeds is None:
+        return PackedSample(entry.key, parts, f"{index.storage}/{entry.shard}")
+    seed = seeds / f"{entry.key}.png"
+    return PackedSample(entry.key, parts | {"seed.png": seed.read_bytes()}, str(seed))
 
 
 def stored_samples(index: Index) -> list[tuple[Index, Entry]]:
@@ -50,8 +57,12 @@ def foreign_samples(directory: Path, processes: int) -> list[ForeignSample]:
     return samples
 
 
-def reshard(source: str, out: Path, classes: str | None, samples_per_shard: int, processes: int) -> Index:
+def reshard(
+    source: str, out: Path, samples_per_shard: int, processes: int, classes: str | None = None, seeds: Path | None = None
+) -> Index:
     if Path(source).is_dir() and not (Path(source) / INDEX).exists():
+        if seeds is not None:
+            raise ValueError(f"--seeds {seeds}: {source} has no {INDEX}; first make a shard set of it, then put the seeds in")
         if classes is None:
             raise ValueError(f"{source}: has no {INDEX}, so --classes must say which class list its samples follow")
         names, samples = class_names(classes), foreign_samples(Path(source), processes)
@@ -59,7 +70,8 @@ def reshard(source: str, out: Path, classes: str | None, samples_per_shard: int,
     index = Index.load(source)
     if classes is not None:
         raise ValueError(f"--classes {classes}: {source} has an {INDEX}, which says its classes; leave --classes out")
-    return build_shards(stored_samples(index), load_stored, out, index.classes, samples_per_shard, processes)
+    load = partial(load_stored, seeds=seeds)
+    return build_shards(stored_samples(index), load, out, index.classes, samples_per_shard, processes)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -68,6 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
     parser.add_argument("--samples-per-shard", type=int, default=256, help="images in a shard")
     parser.add_argument("--classes", help="class list of tars of another origin: voc, coco or a file of names")
+    parser.add_argument("--seeds", type=Path, metavar="DIR", help="folder of KEY.png, such as RUN/pseudo, for seed masks")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="shards written at a time")
     options = parser.parse_args(arguments)
     index = reshard(**vars(options))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tqdm import tqdm
 
 from weakclip import cli, labels, masks
+from weakclip.clip_files import place, weights_file
 from weakclip.config import Config, ConfigError, CrfConfig, SeedConfig
 from weakclip.data import writing
 from weakclip.data.shard import Cam, DecodedSample, Entry, Index, PackedSample, decode_sample, read_entry, sha256
@@ -130,10 +131,15 @@ class Source(NamedTuple):
     """Makes them of one sample; and what was found out on the way, for JSON."""
 
 
+def _made_by(path: Path) -> dict[str, str]:
+    weights = weights_file(path)
+    return {} if weights is None else {"weights": sha256(weights)}
+
+
 def _about_clip(config: Config) -> dict[str, Any]:
     clip, options = config.clip, asdict(config.cam)
-    del options["data"]  # its content counts, wherever it lies
-    return {"cam": options, "clip": {"model": clip.model, "pretrained": clip.pretrained, "image_size": clip.image_size}}
+    del options["data"]  # its content counts, wherever it lies, and that of the weights
+    return {"cam": options, "clip": {"model": clip.model, "image_size": clip.image_size}, **_made_by(place(clip.pretrained))}
 
 
 def _by_clip(config: Config, labelled: Index) -> tuple[Callable[[DecodedSample], Cam], dict[str, Any]]:
@@ -147,8 +153,7 @@ def _by_clip(config: Config, labelled: Index) -> tuple[Callable[[DecodedSample],
 def _about_mctformer(config: Config) -> dict[str, Any]:
     names = ("source", "scales", "flip", "attention_blocks", "affinity_steps")
     weights = Classify(config).run / "weights" / "last.safetensors"
-    made_by = {"weights": sha256(weights)} if weights.is_file() else {}
-    return {"cam": {name: getattr(config.cam, name) for name in names}, **made_by}
+    return {"cam": {name: getattr(config.cam, name) for name in names}, **_made_by(weights)}
 
 
 def _by_mctformer(config: Config, _labelled: Index) -> tuple[Callable[[DecodedSample], Cam], dict[str, Any]]:

@@ -382,6 +382,9 @@ class RetrainConfig:
 
     network: str | None = None
     """resnet38, segmenter or segformer; null: no such stage."""
+    targets: str = "pseudo"
+    """What it is trained towards: pseudo (the masks in RUN/pseudo), or seeds (those of `data.train`, or of its CAMs), without
+    WeakCLIP, in RUN/retrain/NETWORK-seeds: what a baseline comes to, or pseudo masks that shards/reshard.py put in."""
     backbone: str | None = None
     """Its size: wide or narrow, timm's name of a ViT, or b0 to b5; null: the published one."""
     pretrained: str | None = None
@@ -396,6 +399,7 @@ class RetrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.network is None or self.network in NETWORKS, f"retrain.network must be one of {', '.join(NETWORKS)}")
+        _require(self.targets in ("pseudo", "seeds"), "retrain.targets must be pseudo or seeds")
         _require(self.head_lr > 0, "retrain.head_lr must be positive")
         _require(not self.test.restrict_to_labels, "retrain.test.restrict_to_labels: a test image has no labels")
 

@@ -51,6 +51,14 @@ def claim(folder: Path, config: Config, weights: Path) -> None:
         write_whole(folder / "about.json", json.dumps(now, indent=1) + "\n")
 
 
+def remove_unfinished(folder: Path, entries: Iterable[Entry]) -> None:
+    """What a killed task left half-written of the masks of `entries`, which no other task makes."""
+    keys = {entry.key for entry in entries}
+    for path in folder.glob("*.partial"):
+        if path.name.partition(".")[0] in keys:
+            path.unlink(missing_ok=True)
+
+
 def fingerprint(folder: Path) -> str:
     """Of what made the masks in `folder`."""
     return sha256(folder / "about.json")

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from weakclip import archives, fit
+from weakclip.clip_files import place, weights_file
 from weakclip.config import ClipConfig, ConfigError
 from weakclip.torchvision_ops import declare_missing
 
@@ -26,8 +27,6 @@ from open_clip.pretrained import get_pretrained_url
 
 if hidden:
     del sys.modules["transformers"]
-
-DEMO = Path(__file__).parent / "assets" / "demo_clip"
 
 SETTINGS = "open_clip_config.json"
 """The file that says the architecture in a directory of open_clip's layout."""
@@ -54,7 +53,7 @@ def load_clip(config: ClipConfig) -> Any:
 
 def _load(config: ClipConfig) -> tuple[Any, bool]:
     """The CLIP with its weights, and whether its class embedding is doubled already."""
-    path = DEMO if config.pretrained == "demo" else Path(config.pretrained)
+    path = place(config.pretrained)
     if not path.exists():
         source = get_pretrained_url(config.model or "ViT-B-16-quickgelu", "openai")
         raise ConfigError(
@@ -93,10 +92,9 @@ def _in_directory(folder: Path) -> tuple[Path, dict[str, Any]]:
         architecture = json.loads(settings.read_text())["model_cfg"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"clip.pretrained: {settings} has no model_cfg ({error!r})") from error
-    weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.pt")) + sorted(folder.glob("*.bin"))
-    if not weights:
+    if (weights := weights_file(folder)) is None:
         raise ConfigError(f"clip.pretrained: {folder} holds no weights (*.safetensors, *.pt or *.bin)")
-    return weights[0], architecture
+    return weights, architecture
 
 
 def _as_large_as(state: Mapping[str, Tensor], architecture: dict[str, Any]) -> dict[str, Any]:

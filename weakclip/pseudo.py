@@ -80,6 +80,7 @@ def write(task: Task, index: Index, part: str | None, weights: Path, out: Path) 
     """Masks of the shards "A:B" by a task's network, into `out`; those that are there already are left alone."""
     config, entries = task.config, select_shards(index, part)
     masks.claim(out, config, weights)
+    masks.remove_unfinished(out, entries)
     missing = masks.missing(out, entries, config.pseudo.soft)
     if not missing:
         return

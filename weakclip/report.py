@@ -20,13 +20,14 @@ from omegaconf import OmegaConf
 from weakclip import cli, labels
 from weakclip.paper import Cost, Method, Paper
 from weakclip.tables import Table
+from weakclip.tasks import ON_SEEDS
 
 NETWORKS = {"resnet38": "ResNet38", "segmenter": "DeiT-S", "segformer": "MiT-B2"}
 """Folder in RUN/retrain -> backbone, as the paper's tables name it."""
 
 SWEEPS = {"prompts": "number of prompts N", "temperatures": "initial alpha and beta"}
 
-OURS = "this run"
+OURS, SPLITS = "this run", ("val", "test")
 
 
 class Figures(NamedTuple):
@@ -72,13 +73,14 @@ def compare(runs: Sequence[Path]) -> Table:
 
     Raises ValueError as `report` does.
     """
+    rows: list[tuple[str | float | None, ...]] = []
     for run in runs:
         class_list(run)
-    rows = [
-        (str(run), *(read(run / f"scores-{what}.json").miou for what in ("cam", "seeds", "masks")),
-         *(retrained(run, name, "val").miou for name in NETWORKS))
-        for run in runs
-    ]  # fmt: skip
+        made = (read(run / f"scores-{what}.json").miou for what in ("cam", "seeds", "masks"))
+        rows.append((str(run), *made, *(retrained(run, name, "val").miou for name in NETWORKS)))
+        on_seeds = [retrained(run, name + ON_SEEDS, "val").miou for name in NETWORKS]
+        if any(miou is not None for miou in on_seeds):
+            rows.append((f"{run}, on the seeds", None, None, None, *on_seeds))
     header = ("run", "CAM", "seeds", "pseudo masks", *(f"{name} val" for name in NETWORKS))
     return Table("mIoU (%)", header, rows)
 
@@ -106,8 +108,10 @@ def masks(run: Path, paper: Paper) -> Table:
 def comparison(run: Path, paper: Paper) -> Table:
     """The paper's comparison of methods on the data set, then this run's retrained networks."""
     ours = [
-        Method(f"{OURS}, {name}", backbone, "image", **{split: retrained(run, name, split).miou for split in ("val", "test")})
+        Method(f"{OURS}, {name}{what}", backbone, "image", **{split: retrained(run, name + of, split).miou for split in SPLITS})
+        for of, what in (("", ""), (ON_SEEDS, " on the seeds"))
         for name, backbone in NETWORKS.items()
+        if not of or any(retrained(run, name + of, split).miou is not None for split in SPLITS)
     ]
     rows = [
         (row.method, row.backbone, row.supervision, *(getattr(row, split) for split in paper.splits))
@@ -117,7 +121,7 @@ def comparison(run: Path, paper: Paper) -> Table:
 
 
 def retrained(run: Path, network: str, split: str) -> Figures:
-    """Of a network trained on the run's pseudo masks."""
+    """Of a network trained on the run's pseudo masks; with ON_SEEDS after its name, on the seeds themselves."""
     return read(run / "retrain" / network / f"scores-{split}.json")
 
 

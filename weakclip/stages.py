@@ -196,11 +196,14 @@ MAKERS = ("shards", "cam")
 
 
 def chain(config: Config) -> list[Stage]:
-    """All stages that a config has: shards and CAMs that are there already need not be made."""
+    """All stages that a config has: shards and CAMs that are there already need not be made, and a network that is trained on
+    seeds needs no WeakCLIP."""
+    on_seeds = config.retrain.network is not None and config.retrain.targets == "seeds"
     absent = {
         "shards": not config.data.build,
         "classify": config.cam.data is None or config.cam.source != "mctformer",
         "cam": config.cam.data is None,
+        **dict.fromkeys(("train", "pseudo", "evaluate"), on_seeds),
         "retrain": config.retrain.network is None,
         "test": config.retrain.network is None or config.data.val is None,
     }

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from weakclip.trained import Trained
 
 
+ON_SEEDS = "-seeds"
+"""After the network's name in the directory of a retraining that is towards the seeds, not the pseudo masks."""
+
+
 class Task(ABC):
     """A training job. `config` is the job's own: its run directory, data, augmentation, optimiser and steps."""
 
-    fixed: ClassVar[tuple[str, ...]]
+    fixed: tuple[str, ...]
     """Keys of the config that a run must keep when it goes on."""
 
     def __init__(self, config: Config) -> None:
@@ -97,18 +101,21 @@ class Refine(Task):
 
 
 class Retrain(Task):
-    """An ordinary segmentation network, on WeakCLIP's pseudo masks."""
+    """An ordinary segmentation network, on WeakCLIP's pseudo masks or on the seeds themselves."""
 
-    fixed = ("seed", "classes", "retrain.augment", "retrain.network", "retrain.backbone", "retrain.pretrained")
+    fixed: tuple[str, ...] = ("seed", "classes", "retrain.augment", "retrain.network", "retrain.backbone", "retrain.pretrained")
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError when the recipe names no network."""
         ours, parent = config.retrain, config.run
         if ours.network is None:
             raise ConfigError("retrain.network is null: it names what is trained on the pseudo masks, such as segformer")
-        run = f"{parent}/retrain/{ours.network}"
+        on_seeds = ours.targets == "seeds"
+        run = f"{parent}/retrain/{ours.network}{ON_SEEDS if on_seeds else ''}"
         super().__init__(replace(config, run=run, augment=ours.augment, optim=ours.optim, train=ours.train, pseudo=ours.test))
-        self.masks = Path(parent) / "pseudo"
+        self.masks = None if on_seeds else Path(parent) / "pseudo"
+        if on_seeds:
+            self.fixed = (*self.fixed, "seeds")
 
     def build(self, pretrained: bool) -> Trained:
         from weakclip.networks import build
@@ -120,15 +127,21 @@ class Retrain(Task):
             network.load_pretrained(Path(config.retrain.pretrained))
         return Segmentation(network, len(self.names), config.retrain.head_lr, config.precision)
 
-    def target(self, sample: OpenSample) -> np.ndarray:
+    def target(self, sample: OpenSample | DecodedSample) -> np.ndarray:
+        if self.masks is None:
+            from weakclip.data.stream import seed_mask
+
+            return seed_mask(sample, self.config.seeds)
         return masks.read_target(self.masks, sample.key, sample.size, len(self.names))
 
     def columns(self, model: Trained, sample: DecodedSample) -> list[np.ndarray]:
         from weakclip import pictures
 
-        return [pictures.colour_mask(masks.read(self.masks, sample.key)), _prediction(self.config, model, sample)]
+        return [pictures.colour_mask(self.target(sample)), _prediction(self.config, model, sample)]
 
     def inputs(self, data: Sequence[Index]) -> list[str]:
+        if self.masks is None:
+            return []
         entries = [entry for index in data for entry in index.entries]
         if missing := masks.missing(self.masks, entries):
             raise ConfigError(

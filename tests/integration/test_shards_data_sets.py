@@ -154,8 +154,28 @@ def test_resharding_keeps_order_and_members(trainaug, tmp_path):
     assert [e.key for e in after.entries] == [e.key for e in before.entries]
     pairs = zip(before.entries, after.entries, strict=True)
     assert all(read_entry(before, one) == read_entry(after, other) for one, other in pairs)
-    back = reshard.reshard(str(tmp_path / "four"), tmp_path / "two", None, 2, 1)
+    back = reshard.reshard(str(tmp_path / "four"), tmp_path / "two", 2, 1)
     assert back.shards == before.shards
+
+
+def test_resharding_puts_masks_in_as_seeds(make_shards, tmp_path, png_of):
+    before = make_shards(tmp_path / "set", count=3)
+    (tmp_path / "masks").mkdir()
+    pngs = {entry.key: png_of(np.full((48, 64), number, np.uint8)) for number, entry in enumerate(before.entries)}
+    for key, png in pngs.items():
+        (tmp_path / f"masks/{key}.png").write_bytes(png)
+    source = (tmp_path / "set", "--seeds", tmp_path / "masks", "--processes", 1)
+    typed(reshard, *source, "--out", tmp_path / "seeded")
+    after = Index.load(tmp_path / "seeded")
+    assert verify.verify(after, 1) == []
+    for one, other in zip(before.entries, after.entries, strict=True):
+        assert read_entry(after, other) == read_entry(before, one) | {"seed.png": pngs[one.key]}
+
+    (tmp_path / "masks/image_2.png").write_bytes(png_of(np.zeros((48, 48), np.uint8)))
+    assert_one_line_error(run("reshard", *source, "--out", tmp_path / "other"), "masks/image_2.png: image_2: seed.png")
+    (tmp_path / "masks/image_2.png").unlink()
+    assert_one_line_error(run("reshard", *source, "--out", tmp_path / "other"), "masks/image_2.png")
+    assert not list(tmp_path.glob("other*"))
 
 
 def test_foreign_tars_become_a_set(devkit, trainaug, tmp_path):
@@ -187,6 +207,8 @@ def test_mistakes_of_resharding_leave_nothing(trainaug, tmp_path):
     source = (tmp_path / "tars", "--out", tmp_path / "set", "--classes", "voc", "--processes", 1)
     with pytest.raises(ShardError, match=f"x.tar: {KEYS[1]}: is in y.tar too"):
         typed(reshard, *source)
+    with pytest.raises(ValueError, match="--seeds masks: .*tars has no index.json; first make a shard set of it"):
+        typed(reshard, *source, "--seeds", "masks")
     (tmp_path / "tars/y.tar").unlink()
     (tmp_path / "tars/x.tar").write_bytes(data.replace(b'"classes": [18]', b'"classes": [81]'))
     assert_one_line_error(run("reshard", *source), "x.tar: ", "81", "within 1..20")

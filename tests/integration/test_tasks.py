@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from shards import reshard
 from tests.integration.conftest import metrics
 from weakclip import cam, masks, test
 from weakclip import config as configs
@@ -75,6 +76,15 @@ def test_a_retraining_that_was_broken_off_goes_on_under_another_zero_stage(train
     theirs = load_file(whole / "weights/last.safetensors")
     for name, tensor in load_file(broken / "weights/last.safetensors").items():
         np.testing.assert_allclose(tensor, theirs[name], atol=1e-4, err_msg=name)
+
+
+def test_pseudo_masks_in_shards_are_as_good_as_in_the_run(train, begun, shards, tmp_path):
+    reshard.main([str(shards.root), "--seeds", f"{begun.run}/pseudo", "--out", f"{tmp_path}/set", "--samples-per-shard", "2"])
+    train(0, "retrain", *RETRAIN, "retrain.train.steps=2")
+    train(0, "retrain", *RETRAIN, "retrain.train.steps=2", "retrain.targets=seeds", f"data.train={tmp_path}/set")
+    run = Path(begun.run) / "retrain"
+    assert metrics(run / "segformer-seeds") == metrics(run / "segformer")
+    assert len(metrics(run / "segformer")) == 2
 
 
 def test_a_retrained_network_is_tested_in_parts(train, begun, capsys, tmp_path):

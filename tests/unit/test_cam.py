@@ -203,6 +203,16 @@ def test_sets_of_other_origin_or_options_are_left_alone(config, make_shards, tmp
         cam.run(config(f"data.train={tmp_path}/foreign"), None)
 
 
+def test_cams_of_other_weights_are_left_alone_wherever_these_lie(config, save_tiny_clip, tmp_path):
+    cam.run(config(), "0:1")
+    same = save_tiny_clip(tmp_path / "elsewhere")
+    assert cam.written(config(f"clip.pretrained={same}"), None) == 1
+    (same / "open_clip_model.safetensors").write_bytes(b"another")
+    with pytest.raises(ConfigError, match="cams.partial is of another cam"):
+        cam.written(config(f"clip.pretrained={same}"), None)
+    assert cam.written(config(f"clip.pretrained={tmp_path}/nowhere"), None) == 1  # not here yet, or not any more
+
+
 def test_the_command_says_how_far_it_is(config, tiny_recipe, labelled, tmp_path, capsys):
     fixed = [f"data.train={tmp_path}/cams", f"cam.data={labelled.root}", "cam.prompts=['{}']", "cam.background_names=[boat]"]
     cam.main(["--config", str(tiny_recipe), "--shards", "0:2", *fixed])

@@ -5,14 +5,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from weakclip import pretrained
+from weakclip import clip_files
 from weakclip.config import ClipConfig
 from weakclip.demo import card, clip, supply, world
 from weakclip.demo.beginning import begin_near
 from weakclip.labels import DEMO
 from weakclip.pretrained import load_clip, pack_tokens, unpack_tokens
 
-SHIPPED = pretrained.DEMO
+SHIPPED = clip_files.DEMO
 
 
 @pytest.fixture(scope="module")

@@ -299,3 +299,13 @@ def test_several_runs_are_one_table(run, tmp_path, capsys):
     ]
     with pytest.raises(ValueError, match="nothing: no run directory"):
         report.main([str(first), str(tmp_path / "nothing")])
+
+
+def test_a_network_on_the_seeds_has_a_row_of_its_own(run, tmp_path, capsys):
+    done = run()
+    write(done / "retrain/segmenter-seeds/scores-val.json", {"miou": 42.0})
+    retrained = rows(done, "mIoU (%) of retrained")
+    assert retrained["this run, segmenter on the seeds"] == ["DeiT-S", "image", "42.0", "-"]
+    assert not any("resnet38 on" in name for name in retrained)
+    report.main([str(done), str(done)])
+    assert capsys.readouterr().out.splitlines()[-1].split()[-8:] == ["the", "seeds", "-", "-", "-", "-", "42.0", "-"]

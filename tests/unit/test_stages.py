@@ -144,6 +144,12 @@ def test_cams_are_a_stage_where_a_labelled_set_is_named(to_add_cams):
     assert [stage.name for stage in chain(config)][:2] == ["cam", "train"]
 
 
+def test_a_chain_to_a_network_on_seeds_has_no_weakclip(tiny_config, tmp_path):
+    network = ("retrain.network=segformer", f"data.val={tmp_path}/val")
+    assert [stage.name for stage in chain(tiny_config(*network))] == ["train", "pseudo", "retrain", "test", "evaluate"]
+    assert [stage.name for stage in chain(tiny_config(*network, "retrain.targets=seeds"))] == ["retrain", "test"]
+
+
 def test_cams_are_made_in_parts_once_there_are_shards(to_add_cams, tmp_path):
     config = to_add_cams()
     assert str(STAGES["cam"].progress(config, None)) == "0/3 shards" and not is_made(config)

@@ -76,6 +76,7 @@ def test_a_recipe_without_such_a_job_says_which_key_names_it(tiny_config):
     "override, message",
     [
         ("retrain.network=unet", "retrain.network must be one of resnet38, segmenter, segformer"),
+        ("retrain.targets=masks", "retrain.targets must be pseudo or seeds"),
         ("retrain.test.restrict_to_labels=true", "retrain.test.restrict_to_labels: a test image has no labels"),
         ("retrain.optim.optimizer=adam", "optim.optimizer must be adamw or sgd"),
         ("classify.drop_path=1", "classify.drop_path must lie in 0..1"),
@@ -117,6 +118,24 @@ def test_a_retraining_is_towards_the_pseudo_mask(config, shards):
     mask_HW[0] = IGNORE
     put(config, "image_0", mask_HW)
     np.testing.assert_array_equal(Retrain(config).target(opened(shards, 0)), mask_HW)
+
+
+def test_a_retraining_on_seeds_needs_no_pseudo_mask(tiny_config, shards, make_shards, tmp_path):
+    config = tiny_config("retrain.network=segformer", "retrain.targets=seeds")
+    task = Retrain(config)
+    assert task.run == tmp_path / "run/retrain/segformer-seeds" and task.inputs([shards]) == []
+    left_HW = np.repeat([[1] * 32 + [0] * 32], 48, axis=0)
+    np.testing.assert_array_equal(task.target(opened(shards, 0)), left_HW)
+    of_cams = make_shards(tmp_path / "cams", count=1, seed=None)
+    np.testing.assert_array_equal(task.target(opened(of_cams, 0)), left_HW)
+
+
+def test_a_retraining_on_seeds_goes_on_with_the_same_ones_alone(tiny_config):
+    task = Retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds"))
+    runs.claim(task.config, task.fixed, resume=False)
+    others = Retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds", "seeds.foreground=0.6"))
+    with pytest.raises(ConfigError, match=r"was made with another seeds; set it as in"):
+        runs.check_same(others.config, others.fixed)
 
 
 @pytest.mark.parametrize(
