@@ -35,12 +35,15 @@ def simulated_cam(mask_HW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return blurred_HW / max(float(blurred_HW.max()), 1e-6)
 
 
-def write(images: Path, annotations: Path, out: Path) -> None:
-    """One KEY.npy an image: {foreground class from 0: map}."""
+def write(images: Path, annotations: Path, out: Path, exact: bool) -> None:
+    """One KEY.npy an image: {foreground class from 0: map}; or, exact, one KEY.png: the ground truth, as a seed mask."""
     out.mkdir(parents=True, exist_ok=True)
     for item in coco_items(images, annotations, with_masks=True):
         sample = load_item(item, class_map(COCO, COCO))
         if not sample.classes:
+            continue
+        if exact:
+            (out / f"{sample.key}.png").write_bytes(sample.mask)
             continue
         mask_HW = np.array(Image.open(io.BytesIO(sample.mask)))
         rng = np.random.default_rng(zlib.crc32(sample.key.encode()))
@@ -52,4 +55,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("images", "annotations", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--exact", action="store_true", help="the masks themselves, as KEY.png, for seeds")
     write(**vars(parser.parse_args()))

@@ -382,15 +382,15 @@ class RetrainConfig:
 
     network: str | None = None
     """resnet38, segmenter or segformer; null: no such stage."""
-    targets: str = "pseudo"
-    """What it is trained towards: pseudo (the masks in RUN/pseudo), or seeds (those of `data.train`, or of its CAMs), without
-    WeakCLIP, in RUN/retrain/NETWORK-seeds: what a baseline comes to, or pseudo masks that shards/reshard.py put in."""
     backbone: str | None = None
     """Its size: wide or narrow, timm's name of a ViT, or b0 to b5; null: the published one."""
     pretrained: str | None = None
     """ImageNet weights of the backbone, in the format that its authors or its library publish; null: a random start."""
     head_lr: float = 1.0
     """Factor on `optim.lr` for the parts that begin at random even so."""
+    targets: str = "pseudo"
+    """What it is trained towards: pseudo (the masks in RUN/pseudo), or seeds (those of `data.train`, or of its CAMs), without
+    WeakCLIP, in RUN/retrain/NETWORK-seeds: what a baseline comes to, or pseudo masks that shards/reshard.py put in."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
