@@ -25,7 +25,7 @@ from weakclip.data.shard import DecodedSample, Index
 from weakclip.data.stream import StoredSamples, cam_maps, open_index, seed_mask, select_shards
 from weakclip.metrics import Counts, Scores, confusion, percent
 from weakclip.scores import Scored
-from weakclip.seeds import cam_to_seed, refined_cam
+from weakclip.seeds import cam_to_seed, refined_cam, strongest
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
@@ -74,16 +74,34 @@ def truth(sample: DecodedSample) -> np.ndarray:
 
 
 def best_cam_threshold(samples: Iterable[DecodedSample], names: Sequence[str]) -> CamScores:
-    """The CAMs' scores at the single background threshold at which they are best."""
-    counts = [Counts.zero(len(names))] * len(THRESHOLDS)
-    for sample in tqdm(samples, "CAM thresholds", unit=" images", disable=None):
-        maps_nHW = cam_maps(sample)
-        for number, threshold in enumerate(THRESHOLDS):
-            prediction_HW = cam_to_seed(maps_nHW, sample.cam.classes if sample.cam else (), threshold)
-            counts[number] += _count(sample, prediction_HW, len(names))
-    found = {threshold: part.scores(names) for threshold, part in zip(THRESHOLDS, counts, strict=True)}
-    best = max(found, key=lambda threshold: found[threshold].miou)
-    return CamScores(**vars(found[best]), threshold=best, curve={at: part.miou for at, part in found.items()})
+    """The CAMs' scores at the single background threshold at which they are best. `samples` are gone through twice."""
+    matrices_TKK = threshold_confusions(tqdm(samples, "CAM thresholds", unit=" images", disable=None), len(names))
+    curve = {at: Scores.of(matrix_KK, names).miou for at, matrix_KK in zip(THRESHOLDS, matrices_TKK, strict=True)}
+    best = max(curve, key=curve.__getitem__)
+    found = score(samples, lambda sample: cam_to_seed(cam_maps(sample), sample.cam.classes if sample.cam else (), best), names)
+    return CamScores(**vars(found), threshold=best, curve=curve)
+
+
+def threshold_confusions(samples: Iterable[DecodedSample], num_classes: int) -> np.ndarray:
+    """Confusion matrices of the CAMs at each of THRESHOLDS, int64 T x K x K, of one count over the pixels.
+
+    What counts of a pixel are its true class, the strongest map's and how many thresholds that reaches: at those it is of its
+    map's class, at the others background.
+    """
+    K, T = num_classes, len(THRESHOLDS)
+    thresholds_T = np.array(THRESHOLDS, np.float32)
+    reached_TKK = np.zeros((T + 1, K, K), np.int64)
+    for sample in samples:
+        class_HW, value_HW = strongest(cam_maps(sample), sample.cam.classes if sample.cam else ())
+        true_HW = truth(sample)
+        valid_HW = true_HW != labels.IGNORE
+        reached = thresholds_T.searchsorted(value_HW[valid_HW], side="right")
+        pixels = (reached * K + true_HW[valid_HW]) * K + class_HW[valid_HW]
+        reached_TKK += np.bincount(pixels, minlength=reached_TKK.size).reshape(reached_TKK.shape)
+    kept_TKK = reached_TKK[:0:-1].cumsum(0)[::-1]  # of each threshold, those that reach it or a higher one
+    matrices_TKK = kept_TKK.copy()
+    matrices_TKK[:, :, 0] += (reached_TKK.sum(0) - kept_TKK).sum(2)
+    return matrices_TKK
 
 
 def cam_crf_counts(

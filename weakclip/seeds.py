@@ -17,16 +17,25 @@ def cam_to_seed(maps_nHW: np.ndarray, classes: Sequence[int], background: float,
     A pixel takes the class of the strongest map where that reaches `foreground` (default: `background`), is background (0)
     where no map reaches `background`, and is ignored (255) in between. Without classes all is background.
     """
-    if not len(classes):
-        return np.zeros(maps_nHW.shape[1:], np.uint8)
     foreground = background if foreground is None else foreground
-    seed_HW, strongest_HW = np.full(maps_nHW.shape[1:], classes[0], np.uint8), maps_nHW[0]
-    for index, map_HW in zip(classes[1:], maps_nHW[1:], strict=True):  # a pass a map: argmax over the first axis is slow
-        np.copyto(seed_HW, index, where=map_HW > strongest_HW, casting="unsafe")
-        strongest_HW = np.maximum(strongest_HW, map_HW)
+    seed_HW, strongest_HW = strongest(maps_nHW, classes)
     seed_HW[strongest_HW < foreground] = IGNORE
     seed_HW[strongest_HW < background] = 0
     return seed_HW
+
+
+def strongest(maps_nHW: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The class of each pixel's strongest map, the first of equal ones, uint8 H x W, and its value, float32 H x W.
+
+    Without classes it is background, below every threshold.
+    """
+    if not len(classes):
+        return np.zeros(maps_nHW.shape[1:], np.uint8), np.full(maps_nHW.shape[1:], -np.inf, np.float32)
+    class_HW, value_HW = np.full(maps_nHW.shape[1:], classes[0], np.uint8), maps_nHW[0]
+    for index, map_HW in zip(classes[1:], maps_nHW[1:], strict=True):  # a pass a map: argmax over the first axis is slow
+        np.copyto(class_HW, index, where=map_HW > value_HW, casting="unsafe")
+        value_HW = np.maximum(value_HW, map_HW)
+    return class_HW, value_HW
 
 
 def refined_seed(

@@ -13,6 +13,7 @@ from weakclip import evaluate, masks
 from weakclip.config import ConfigError, save
 from weakclip.data.shard import Cam, Index
 from weakclip.data.stream import StoredSamples
+from weakclip.metrics import confusion
 
 NAMES = ("background", "cat", "dog", "cow")
 H, W = 48, 64
@@ -96,6 +97,21 @@ def test_the_best_cam_threshold_is_found(tmp_path, make_shards):
             samples(index), lambda s, t=chosen: evaluate.cam_to_seed(evaluate.cam_maps(s), (1,), t), NAMES
         )
         assert config_scores.miou == pytest.approx(miou)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_matrix_at_each_threshold_is_that_of_its_seeds(tmp_path, make_shards, png_of, seed):
+    """Two maps, equal in places, with values at a threshold and beside it, wherever the truth is, and where it is ignored."""
+    rng = np.random.default_rng(seed)
+    truth_HW = rng.choice(np.array([0, 1, 2, 3, 255], np.uint8), (H, W))
+    cam = Cam((1, 3), rng.choice(np.array([0, 12, 13, 127, 128, 242, 243, 255], np.uint8), (2, H, W)), 1.0)
+    index = make_shards(tmp_path / "set", 2, classes=(1, 3), cam=cam, seed=None, mask=png_of(truth_HW))
+    unlabelled = make_shards(tmp_path / "other", 1, classes=(), cam=None, seed=None, mask=png_of(truth_HW))
+    found = [*samples(index), *samples(unlabelled)]
+    matrices_TKK = evaluate.threshold_confusions(found, len(NAMES))
+    for threshold, matrix_KK in zip(evaluate.THRESHOLDS, matrices_TKK, strict=True):
+        seeds = [evaluate.cam_to_seed(evaluate.cam_maps(s), (1, 3) if s.cam else (), threshold) for s in found]
+        np.testing.assert_array_equal(matrix_KK, sum(confusion(truth_HW, seed_HW, len(NAMES)) for seed_HW in seeds))
 
 
 def test_a_crf_finds_in_the_picture_what_the_cam_has_missed(tmp_path, make_shards, png_of, tiny_config):

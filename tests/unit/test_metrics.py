@@ -172,8 +172,9 @@ def test_a_refined_seed_is_what_the_crf_decides_at_both_thresholds():
 
 
 def test_without_classes_all_is_background():
-    seed_HW = cam_to_seed(np.zeros((0, 2, 3), np.float32), (), 0.3)
-    assert seed_HW.shape == (2, 3) and seed_HW.dtype == np.uint8 and not seed_HW.any()
+    for thresholds in ((0.3,), (0.0, 0.5)):
+        seed_HW = cam_to_seed(np.zeros((0, 2, 3), np.float32), (), *thresholds)
+        assert seed_HW.shape == (2, 3) and seed_HW.dtype == np.uint8 and not seed_HW.any()
     refined_HW = refined_seed(np.zeros((0, 2, 3), np.float32), (), np.zeros((2, 3, 3), np.uint8), 0.3, 0.3, CrfConfig())
     assert refined_HW.shape == (2, 3) and refined_HW.dtype == np.uint8 and not refined_HW.any()
 
