@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from weakclip.data import writing
 from weakclip.data.shard import Index
 from weakclip.stages import STAGES, Progress, is_made
 from weakclip.tables import Table
+from weakclip.tasks import TASKS, Task
 
 FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"}
 
@@ -81,14 +83,14 @@ def _progress(stage: str, entry: Entry) -> tuple[str, str]:
     except ValueError as error:
         return f"? ({error})", ""
     times = _TIMES[stage](config) if stage in _TIMES else []
-    if stage == "train" and times:
+    if stage in TASKS and times:
         progress = Progress(int(times[-1][1]), progress.total, progress.unit)
     return str(progress), "" if progress.complete else _left(times, progress)
 
 
-def _newest_steps(config: Config) -> list[tuple[float, float]]:
-    """(time, step) of the last lines of metrics.jsonl."""
-    path = Path(config.run) / "metrics.jsonl"
+def _newest_steps(task: type[Task], config: Config) -> list[tuple[float, float]]:
+    """(time, step) of the last lines of a training's metrics.jsonl."""
+    path = task(config).run / "metrics.jsonl"
     if not path.is_file():
         return []
     lines = [line for line in path.read_text().splitlines()[-20:] if line.endswith("}")]
@@ -103,7 +105,7 @@ def _times_of_files(files: Iterable[Path]) -> list[tuple[float, float]]:
 _TIMES: dict[str, Callable[[Config], list[tuple[float, float]]]] = {
     "shards": lambda config: _times_of_files(writing.partial_folder(Path(config.labelled)).glob("shard-*.json")),
     "cam": lambda config: _times_of_files(writing.partial_folder(Path(config.data.train)).glob("shard-*.json")),
-    "train": _newest_steps,
+    **{name: partial(_newest_steps, task) for name, task in TASKS.items()},
     "pseudo": lambda config: _times_of_files((Path(config.run) / "pseudo").glob("*.png")),
 }
 """When how much of a stage was done."""

@@ -37,7 +37,8 @@ def note(run, tiny_config, shards):
     def submitted(stage: str, job: str, tasks: int | None = None, after: tuple[str, ...] = (), cluster: str = "slurm") -> Path:
         folder = journal.next_folder(run, stage)
         folder.mkdir(parents=True)
-        save(tiny_config(f"data.train={shards}"), folder / "config.yaml")
+        config = tiny_config(f"data.train={shards}", "retrain.network=segformer", "retrain.train.steps=20")
+        save(config, folder / "config.yaml")
         journal.add(run, Entry.of(stage, job, tasks, cluster, folder, list(after)))
         return folder
 
@@ -155,13 +156,15 @@ def test_the_newest_job_of_a_stage_counts(run, note, slurm):
     assert (found["job"], found["state"], found["last line"]) == ("15", "RUNNING", "new")
 
 
-def test_a_training_is_as_far_as_its_metrics(run, note):
-    note("train", "12")
+@pytest.mark.parametrize("stage, folder", [("train", "."), ("retrain", "retrain/segformer")])
+def test_a_training_is_as_far_as_its_metrics(run, note, stage, folder):
+    note(stage, "12")
     lines = [{"time": 1000.0 + step, "step": step, "lr": 1e-4} for step in (5, 10, 15)] + [
         {"time": 1016.0, "step": 15, "miou": 9}
     ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"time": 1016')
-    found = rows(run)["train"]
+    (run / folder).mkdir(parents=True, exist_ok=True)
+    (run / folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"time": 1016')
+    found = rows(run)[stage]
     assert (found["progress"], found["left"]) == ("15/20 steps", "0:00:05")
 
 
