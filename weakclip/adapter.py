@@ -3,8 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Doubling(nn.ConvTranspose2d):
+    """2x2 transposed convolution of stride 2: both sides of a map are doubled."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, kernel_size=2, stride=2)
+
+    def forward(self, x_BDhw: Tensor, then: tuple[Tensor, Tensor] | None = None) -> Tensor:  # type: ignore[override]
+        """B x D x 2h x 2w; `then`: weight, O x D, and bias, O, of a 1x1 convolution after it: B x O x 2h x 2w.
+
+        Two linear maps are one: the kernel is convolved instead of the map, four times as large, which is never made.
+        """
+        if then is None:
+            return super().forward(x_BDhw)
+        assert self.bias is not None
+        weight_OD, bias_O = then
+        weight_DOhw = torch.einsum("idhw,od->iohw", self.weight, weight_OD).contiguous()
+        return F.conv_transpose2d(x_BDhw, weight_DOhw, weight_OD @ self.bias + bias_O, stride=2)
+
+
+class Level(NamedTuple):
+    """One map of the pyramid, as it is before a last doubling, if it has one."""
+
+    features_BDhw: Tensor
+    doubling: Doubling | None = None
+
+    @property
+    def map_BDHW(self) -> Tensor:
+        """The map itself."""
+        return self.features_BDhw if self.doubling is None else self.doubling(self.features_BDhw)
+
+    def convolved(self, weight_OD: Tensor, bias_O: Tensor) -> Tensor:
+        """A 1x1 convolution of the map, B x O x H x W."""
+        if self.doubling is None:
+            return F.conv2d(self.features_BDhw, weight_OD[:, :, None, None], bias_O)
+        return self.doubling(self.features_BDhw, (weight_OD, bias_O))
+
+
+class _Doubled(nn.Sequential):
+    """Modules, the last of which is a doubling."""
+
+    def forward(self, x_BDhw: Tensor) -> Level:  # type: ignore[override]
+        *before, doubling = self
+        for module in before:
+            x_BDhw = module(x_BDhw)
+        assert isinstance(doubling, Doubling)
+        return Level(x_BDhw, doubling)
 
 
 class PyramidAdapter(nn.Module):
@@ -12,18 +63,13 @@ class PyramidAdapter(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.level1 = nn.Sequential(
-            nn.GroupNorm(1, width),
-            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
-            nn.BatchNorm2d(width),
-            nn.GELU(),
-            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
-        )
-        self.level2 = nn.Sequential(nn.GroupNorm(1, width), nn.ConvTranspose2d(width, width, kernel_size=2, stride=2))
+        norm = nn.GroupNorm(1, width)
+        self.level1 = _Doubled(norm, Doubling(width), nn.BatchNorm2d(width), nn.GELU(), Doubling(width))
+        self.level2 = _Doubled(nn.GroupNorm(1, width), Doubling(width))
         self.level3 = nn.GroupNorm(1, width)
         self.level4 = nn.Sequential(nn.GroupNorm(1, width), nn.MaxPool2d(kernel_size=2, stride=2))
 
-    def forward(self, taps_BDhw: Sequence[Tensor]) -> list[Tensor]:
-        """Four maps B x D x h x w -> B x D x (4h, 2h, h, h/2) x the same of w."""
-        levels = (self.level1, self.level2, self.level3, self.level4)
-        return [level(tap_BDhw) for level, tap_BDhw in zip(levels, taps_BDhw, strict=True)]
+    def forward(self, taps_BDhw: Sequence[Tensor]) -> list[Level]:
+        """Four maps B x D x h x w -> the levels of B x D x (4h, 2h, h, h/2) x the same of w."""
+        first, second, third, fourth = taps_BDhw
+        return [self.level1(first), self.level2(second), Level(self.level3(third)), Level(self.level4(fourth))]

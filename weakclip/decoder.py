@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weakclip.adapter import Level
 from weakclip.config import DecoderConfig
 
 
@@ -22,16 +23,37 @@ def _conv_norm_relu(in_channels: int, channels: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
+class Lateral(nn.Conv2d):
+    """1x1 convolution of a level's map and the score map beside it, resized to it.
+
+    Each has its own columns of the weight. Those of the scores are applied before these are resized, which is the same, since
+    a resize works on each channel with weights that sum to one; those of the level before its last doubling.
+    """
+
+    def __init__(self, in_channels: int, channels: int, align_corners: bool) -> None:
+        super().__init__(in_channels, channels, kernel_size=1)
+        self.align_corners = align_corners
+
+    def forward(self, level: Level, scores_BKhw: Tensor | None) -> Tensor:  # type: ignore[override]
+        """B x `channels` x the level's H x W; scores_BKhw: the other input channels, if there are more than the level's."""
+        assert self.bias is not None
+        D = level.features_BDhw.shape[1]
+        x_BOHW = level.convolved(self.weight[:, :D, 0, 0], self.bias)
+        if scores_BKhw is None:
+            return x_BOHW
+        return x_BOHW + resize(F.conv2d(scores_BKhw, self.weight[:, D:]), x_BOHW.shape[2:], self.align_corners)
+
+
 class Fpn(nn.Module):
     """1x1 lateral convs, top-down by nearest upsampling and addition, 3x3 convs; no norm, no activation."""
 
-    def __init__(self, in_channels: int, channels: int, levels: int = 4) -> None:
+    def __init__(self, in_channels: int, channels: int, align_corners: bool, levels: int = 4) -> None:
         super().__init__()
-        self.laterals = nn.ModuleList(nn.Conv2d(in_channels, channels, kernel_size=1) for _ in range(levels))
+        self.laterals = nn.ModuleList(Lateral(in_channels, channels, align_corners) for _ in range(levels))
         self.outputs = nn.ModuleList(nn.Conv2d(channels, channels, kernel_size=3, padding=1) for _ in range(levels))
 
-    def forward(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
-        levels = [lateral(x) for lateral, x in zip(self.laterals, pyramid, strict=True)]
+    def forward(self, pyramid: Sequence[Level], scores_BKhw: Tensor | None) -> list[Tensor]:
+        levels = [lateral(level, scores_BKhw) for lateral, level in zip(self.laterals, pyramid, strict=True)]
         for fine in range(len(levels) - 2, -1, -1):
             levels[fine] = levels[fine] + F.interpolate(levels[fine + 1], size=levels[fine].shape[2:], mode="nearest")
         return [output(x) for output, x in zip(self.outputs, levels, strict=True)]
@@ -66,16 +88,10 @@ class TextGuidedDecoder(nn.Module):
     def __init__(self, width: int, num_names: int, num_classes: int, config: DecoderConfig) -> None:
         """`num_names`: channels of the score map; `num_classes`: of the logits."""
         super().__init__()
-        self.align_corners, self.score_map = config.align_corners, config.score_map
-        self.neck = Fpn(width + num_names * self.score_map, config.fpn_channels)
+        self.score_map = config.score_map
+        self.neck = Fpn(width + num_names * self.score_map, config.fpn_channels, config.align_corners)
         self.head = FpnHead(config.fpn_channels, config.head_channels, num_classes, config.dropout)
 
-    def forward(self, pyramid: Sequence[Tensor], scores_BKhw: Tensor) -> Tensor:
+    def forward(self, pyramid: Sequence[Level], scores_BKhw: Tensor) -> Tensor:
         """Logits at the finest level's resolution, B x K x 4h x 4w."""
-        if not self.score_map:
-            return self.head(self.neck(pyramid))
-        guided = [
-            torch.cat([level_BDHW, resize(scores_BKhw, level_BDHW.shape[2:], self.align_corners)], dim=1)
-            for level_BDHW in pyramid
-        ]
-        return self.head(self.neck(guided))
+        return self.head(self.neck(pyramid, scores_BKhw if self.score_map else None))

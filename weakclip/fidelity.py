@@ -172,7 +172,6 @@ def evaluation(golden: Golden) -> Computed:
         features = model.clip.vision(images_B3HW)
         pyramid = model.adapter(features.taps)
         output = model(images_B3HW)
-        guided = [torch.cat([x, resize(output.scores_BKhw, x.shape[2:], align_corners=True)], dim=1) for x in pyramid]
         parts = {
             "global_embedding": features.global_BE,
             "visual_embedding": features.visual_BEhw,
@@ -180,8 +179,8 @@ def evaluation(golden: Golden) -> Computed:
             "score_map": output.scores_BKhw,
             "head_logits": output.logits_BKhw,
             "seg_logits": resize(output.logits_BKhw, images_B3HW.shape[2:]),
-            **{f"backbone_out{level}": x for level, x in enumerate(pyramid)},
-            **{f"neck_out{level}": x for level, x in enumerate(model.decoder.neck(guided))},
+            **{f"backbone_out{number}": level.map_BDHW for number, level in enumerate(pyramid)},
+            **{f"neck_out{number}": x for number, x in enumerate(model.decoder.neck(pyramid, output.scores_BKhw))},
         }
         yield from ((f"eval_{name}.{part}", tensor) for part, tensor in parts.items())
 

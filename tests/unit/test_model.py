@@ -141,16 +141,6 @@ def test_extra_names_are_matched_and_guide_the_decoder_but_are_not_predicted(tin
     assert model.encode_names().shape[0] == 6 and model.decoder.neck.laterals[0].in_channels == 64 + 6
 
 
-@pytest.mark.parametrize("align", [True, False])
-def test_the_score_map_is_resized_as_the_config_says(align):
-    decoder = TextGuidedDecoder(2, 1, 1, DecoderConfig(4, 4, 0.0, align_corners=align)).eval()
-    seen = []
-    decoder.neck.laterals[0].register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0][:, 2:]))
-    pyramid, scores = [images(1, 2, 16 // 2**i, 16 // 2**i) for i in range(4)], images(1, 1, 4, 4)
-    decoder(pyramid, scores)
-    torch.testing.assert_close(seen[0], F.interpolate(scores, size=(16, 16), mode="bilinear", align_corners=align))
-
-
 def test_clip_is_neither_among_the_parameters_nor_in_the_state_dict(tiny_model):
     model = tiny_model()
     frozen = {parameter.data_ptr() for parameter in model.clip.parameters()}
@@ -265,7 +255,7 @@ def test_the_seed_decides_the_start(tiny_config):
 @pytest.mark.parametrize("h, w", [(4, 4), (2, 6), (5, 3)])
 def test_the_adapters_pyramid_is_at_strides_4_8_16_32(h, w):
     pyramid = PyramidAdapter(8)([torch.randn(2, 8, h, w) for _ in range(4)])
-    assert [tuple(level.shape[2:]) for level in pyramid] == [(4 * h, 4 * w), (2 * h, 2 * w), (h, w), (h // 2, w // 2)]
+    assert [tuple(level.map_BDHW.shape[2:]) for level in pyramid] == [(4 * h, 4 * w), (2 * h, 2 * w), (h, w), (h // 2, w // 2)]
 
 
 def test_scores_are_cosines_of_what_the_branches_leave_when_temperatures_are_zero():
@@ -285,16 +275,27 @@ def test_the_head_convolves_each_level_as_often_as_it_is_doubled():
     assert [len(level) for level in FpnHead(8, 8, 3, 0.1).scales] == [1, 1, 2, 3]
 
 
-def test_scores_reach_every_level_of_the_decoder_with_aligned_corners():
-    decoder = TextGuidedDecoder(2, 1, 1, DecoderConfig(4, 4, 0.0)).eval()
-    seen = []
-    decoder.neck.register_forward_pre_hook(lambda _module, inputs: seen.extend(inputs[0]))
-    pyramid = [torch.randn(1, 2, side, side) for side in (16, 8, 4, 2)]
-    ramp_BKhw = torch.arange(4.0).expand(1, 1, 4, 4)
-    decoder(pyramid, ramp_BKhw)
-    for level, guided in zip(pyramid, seen, strict=True):
-        assert guided[:, :2].equal(level)
-        torch.testing.assert_close(guided[0, 2, 0], torch.linspace(0, 3, level.shape[3]))
+@pytest.mark.parametrize("align", [True, False])
+def test_the_neck_sees_each_level_with_the_score_map_resized_to_it(align):
+    """Outputs and gradients of a plain 1x1 convolution on the level's map and the scores, concatenated."""
+    adapter = PyramidAdapter(6).double()
+    neck = TextGuidedDecoder(6, 3, 3, DecoderConfig(4, 4, 0.0, align_corners=align)).double().neck
+    taps = [torch.randn(2, 6, 4, 6, dtype=torch.float64) for _ in range(4)]
+    scores_BKhw = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    for number, lateral in enumerate(neck.laterals):
+        watched = [scores_BKhw, *lateral.parameters(), *getattr(adapter, f"level{number + 1}").parameters()]
+
+        def with_gradients(of, watched=watched):
+            out = of()
+            return out, torch.autograd.grad(out.square().sum(), watched)
+
+        def plain(number=number, lateral=lateral):
+            map_BDHW = adapter(taps)[number].map_BDHW
+            resized = F.interpolate(scores_BKhw, size=map_BDHW.shape[2:], mode="bilinear", align_corners=align)
+            return F.conv2d(torch.cat([map_BDHW, resized], dim=1), lateral.weight, lateral.bias)
+
+        ours = with_gradients(lambda number=number, lateral=lateral: lateral(adapter(taps)[number], scores_BKhw))
+        torch.testing.assert_close(ours, with_gradients(plain))
 
 
 def test_synchronised_norms_equal_plain_ones_in_a_single_process():
