@@ -19,7 +19,7 @@ from torch import Tensor
 
 from weakclip.config import PseudoConfig
 from weakclip.data import transforms
-from weakclip.upsampling import TILE, WHOLE, Grid, Pass, add_probabilities, logits_of
+from weakclip.upsampling import TILE, WHOLE, Grid, Pass, Tiles, add_probabilities, blank, joined, logits_of
 
 Size = transforms.Size
 
@@ -51,23 +51,34 @@ def predict(predictor: Predictor, image_HW3: np.ndarray, config: PseudoConfig, s
     image_HW3: uint8 RGB. scale: `data.scale`.
     (Released code: aug_test; each pass is windows -> logits at the image's size -> softmax -> mirrored back.)
     """
-    return average(predictor, image_HW3, scaled_sizes(image_HW3, config, scale), config)
+    return joined(predict_tiles(predictor, image_HW3, config, scale))
+
+
+@torch.inference_mode()
+def predict_tiles(predictor: Predictor, image_HW3: np.ndarray, config: PseudoConfig, scale: Sequence[int]) -> Tiles:
+    """The same in tiles of TILE pixels, or in one on a GPU."""
+    return _tiles(predictor, image_HW3, scaled_sizes(image_HW3, config, scale), config)
 
 
 def average(predictor: Predictor, image_HW3: np.ndarray, sizes: Sequence[Size], config: PseudoConfig) -> Tensor:
     """Mean probabilities, float32 K x H x W, over the image resized to `sizes` (H, W), and over their mirror images."""
-    total_KHW = torch.zeros(predictor.num_classes, *image_HW3.shape[:2], device=predictor.device)
+    return joined(_tiles(predictor, image_HW3, sizes, config))
+
+
+def _tiles(predictor: Predictor, image_HW3: np.ndarray, sizes: Sequence[Size], config: PseudoConfig) -> Tiles:
+    H, W = image_HW3.shape[:2]
     seen, tile = views(sizes, config), TILE if predictor.device.type == "cpu" else WHOLE
+    total = blank(predictor.num_classes, H, W, tile, predictor.device)
     for part in passes(predictor, image_HW3, seen, config):
-        add_probabilities(total_KHW, part, 1 / len(seen), tile)
-    return total_KHW
+        add_probabilities(total, part, 1 / len(seen), tile)
+    return total
 
 
 @torch.inference_mode()
 def predict_in_strips(
     predictor: Predictor, image_HW3: np.ndarray, config: PseudoConfig, scale: Sequence[int]
-) -> Callable[[], Iterator[Tensor]]:
-    """For images too large for `predict`: a function that gives its result in strips of rows, K x h x W, in host memory.
+) -> Callable[[], Iterator[list[Tensor]]]:
+    """For images too large for `predict_tiles`: a function that gives its rows of tiles, one at a time and in host memory.
 
     It can be called again; between calls only the network's logits are kept, whose size `data.scale` bounds.
     """
@@ -75,12 +86,12 @@ def predict_in_strips(
     made = [part._replace(logits_Krc=part.logits_Krc.cpu()) for part in passes(predictor, image_HW3, seen, config)]
     H, W = image_HW3.shape[:2]
 
-    def strips() -> Iterator[Tensor]:
-        for strip, first in enumerate(range(0, H, TILE)):
-            total_KhW = torch.zeros(predictor.num_classes, min(TILE, H - first), W)
+    def strips() -> Iterator[list[Tensor]]:
+        for number, first in enumerate(range(0, H, TILE)):
+            total = blank(predictor.num_classes, min(TILE, H - first), W, TILE, torch.device("cpu"))
             for part in made:
-                add_probabilities(total_KhW, part, 1 / len(seen), TILE, strip)
-            yield total_KhW
+                add_probabilities(total, part, 1 / len(seen), TILE, number)
+            yield total[0]
 
     return strips
 

@@ -26,8 +26,8 @@ class Likely(NamedTuple):
     """float32; what is missing to one belongs to classes that win no pixel, or that the labels exclude."""
 
 
-Strips = Callable[[], Iterator[Tensor]]
-"""Gives probabilities as strips of rows, K x h x W, as often as it is called."""
+Rows = Callable[[], Iterator[list[Tensor]]]
+"""Gives probabilities as rows of tiles, K x h x w each, as often as it is called."""
 
 
 def likely(predictor: infer.Predictor, sample: DecodedSample, config: Config, say: Callable[[str], object]) -> Likely:
@@ -37,16 +37,16 @@ def likely(predictor: infer.Predictor, sample: DecodedSample, config: Config, sa
     enough, and NotFinite.
     """
     H, W = sample.image.shape[:2]
-    ways: dict[str, Callable[[], Strips]] = {
+    ways: dict[str, Callable[[], Rows]] = {
         "as configured": lambda: _whole(predictor, sample, config),
         "with one window at a time": lambda: _whole(predictor, sample, _one_window(config)),
         "strip by strip": lambda: infer.predict_in_strips(predictor, sample.image, _one_window(config).pseudo, config.data.scale),
     }
-    for way, strips in ways.items():
+    for way, rows in ways.items():
         if way != "as configured":
             say(f"{sample.key}: {H} x {W} pixels do not fit into memory; trying again {way}")
         try:
-            return _occurring(strips(), sample, config)
+            return _occurring(rows(), sample, config)
         except (MemoryError, RuntimeError) as error:
             if not _is_want_of_memory(error):
                 raise
@@ -59,29 +59,30 @@ def _one_window(config: Config) -> Config:
     return replace(config, pseudo=replace(config.pseudo, window_batch=1))
 
 
-def _whole(predictor: infer.Predictor, sample: DecodedSample, config: Config) -> Strips:
-    probs_KHW = infer.predict(predictor, sample.image, config.pseudo, config.data.scale)
-    return lambda: iter((probs_KHW,))
+def _whole(predictor: infer.Predictor, sample: DecodedSample, config: Config) -> Rows:
+    tiles = infer.predict_tiles(predictor, sample.image, config.pseudo, config.data.scale)
+    return lambda: iter(tiles)
 
 
-def _occurring(strips: Strips, sample: DecodedSample, config: Config) -> Likely:
-    """Two rounds, since a class that wins in any strip is wanted in all."""
+def _occurring(rows: Rows, sample: DecodedSample, config: Config) -> Likely:
+    """Two rounds, since a class that wins in any tile is wanted in all."""
     allowed = np.array([0, *sample.classes]) if config.pseudo.restrict_to_labels else None
-    found = [_winners(probs_KhW, allowed, sample.key) for probs_KhW in strips()]
+    found = [_winners(probs_Khw, allowed, sample.key) for row in rows() for probs_Khw in row]
     classes_n = np.unique(np.concatenate(found))
-    probs_nHW = np.concatenate([probs_KhW[torch.from_numpy(classes_n)].cpu().numpy() for probs_KhW in strips()], axis=1)
-    return Likely(classes_n, probs_nHW)
+    wanted_n = torch.from_numpy(classes_n)
+    strips = [torch.cat([probs_Khw[wanted_n] for probs_Khw in row], dim=2).cpu().numpy() for row in rows()]
+    return Likely(classes_n, np.concatenate(strips, axis=1))
 
 
-def _winners(probs_KhW: Tensor, allowed: np.ndarray | None, key: str) -> np.ndarray:
+def _winners(probs_Khw: Tensor, allowed: np.ndarray | None, key: str) -> np.ndarray:
     """Classes, int64, that are the likeliest of `allowed` (None: of all) somewhere."""
-    highest_K = probs_KhW.amax((1, 2)).cpu()
+    highest_K = probs_Khw.amax((1, 2)).cpu()
     if not highest_K.isfinite().all():
         raise NotFinite(f"{key}: the network's probabilities are not finite numbers")
     if allowed is None:  # probabilities sum to one: what stays under 1/K everywhere wins nowhere, and needs no look
         allowed = (highest_K > 0.9 / len(highest_K)).nonzero()[:, 0].numpy()
-    winners_hW = probs_KhW[torch.from_numpy(allowed)].max(0).indices  # argmax's, in a quarter of its time on a CPU
-    return allowed[winners_hW.unique().cpu().numpy()]
+    winners_hw = probs_Khw[torch.from_numpy(allowed)].max(0).indices  # argmax's, in a quarter of its time on a CPU
+    return allowed[winners_hw.unique().cpu().numpy()]
 
 
 def _is_want_of_memory(error: Exception) -> bool:

@@ -7,8 +7,9 @@ rows sum to one and have no negative weights: a pixel is a weighted mean of cell
 
 That bounds probabilities before anything is computed at full size. Subtract the logsumexp over classes from each cell (a
 softmax does not notice); no class' mean then exceeds its largest value in the cells that a tile of pixels sees, so classes with
-small values everywhere in those cells can be left out, and the sum over the others says how large an error that is at most.
-The rest is exponentials, which are powers of two here: torch makes those about four times as fast as exp (2.13, AVX-512).
+small values everywhere in those cells can be left out, and the sum over the others says how large an error that is at most. (A
+network that is sure leaves out nine of ten; one that is not, none.) The rest is exponentials, which are powers of two here: torch
+makes those about four times as fast as exp (2.13, AVX-512). Each tile's probabilities lie together in memory.
 """
 
 from __future__ import annotations
@@ -49,15 +50,19 @@ class Grid(NamedTuple):
     """The scaled image was mirrored along this axis, the logits are wanted unmirrored."""
 
 
-class Span(NamedTuple):
-    """Part of an axis."""
+Tiles = list[list[Tensor]]
+"""Rows of tiles, float32 K x h x w each: probabilities of an image or of some of its rows."""
 
-    pixels: slice
-    """Of the image."""
+
+class Span(NamedTuple):
+    """Part of an axis: the pixels of one tile."""
+
     cells_c: Tensor
     """int64: which cells they are means of, counted over all windows."""
-    weights_pc: Tensor
-    """float32, pixels x cells."""
+    reach: slice
+    """From the first of them to the last."""
+    weights_pr: Tensor
+    """float32, pixels x cells in reach."""
 
 
 class Pass(NamedTuple):
@@ -89,54 +94,74 @@ def spans(grid: Grid, tile: int, device: torch.device) -> tuple[Span, ...]:
     for first in range(0, grid.length, tile):
         part_pc = weights_pc[first : first + tile]
         cells_c = part_pc.any(0).nonzero()[:, 0]
-        pixels = slice(first, first + len(part_pc))
-        parts.append(Span(pixels, cells_c.to(device), part_pc[:, cells_c].float().to(device)))
+        reach = slice(int(cells_c[0]), int(cells_c[-1]) + 1)
+        parts.append(Span(cells_c.to(device), reach, part_pc[:, reach].float().to(device)))
     return tuple(parts)
 
 
 def upsample(logits_Krc: Tensor, rows: Span, columns: Span) -> Tensor:
-    """Logits at the pixels of `rows` and `columns`, from those of the cells that they see: K x h x w."""
-    return rows.weights_pc @ (logits_Krc @ columns.weights_pc.T)
+    """Logits at the pixels of `rows` and `columns`, from those of all cells: K x h x w."""
+    return rows.weights_pr @ logits_Krc[:, rows.reach, columns.reach] @ columns.weights_pr.T
 
 
 def logits_of(part: Pass) -> Tensor:
     """float32 K x H x W, all classes everywhere."""
     (rows,), (columns,) = (spans(grid, WHOLE, part.logits_Krc.device) for grid in (part.rows, part.columns))
-    return upsample(part.logits_Krc[:, rows.cells_c][:, :, columns.cells_c], rows, columns)
+    return upsample(part.logits_Krc, rows, columns)
 
 
-def add_probabilities(total_KhW: Tensor, part: Pass, weight: float, tile: int, strip: int | None = None) -> None:
-    """Add `weight` times the pass' class probabilities to `total_KhW`: of the whole image, or of one strip of `tile` rows.
+def blank(num_classes: int, H: int, W: int, tile: int, device: torch.device) -> Tiles:
+    """Zeros."""
+    heights, widths = ([min(tile, side - first) for first in range(0, side, tile)] for side in (H, W))
+    return [[torch.zeros(num_classes, h, w, device=device) for w in widths] for h in heights]
+
+
+def joined(tiles: Tiles) -> Tensor:
+    """K x H x W."""
+    return torch.cat([torch.cat(row, dim=2) for row in tiles], dim=1)
+
+
+def add_probabilities(total: Tiles, part: Pass, weight: float, tile: int, first: int = 0) -> None:
+    """Add `weight` times the pass' class probabilities to `total`, the rows of tiles from number `first` on.
 
     Where tiles are smaller than the image, a class that cannot matter in one is taken as 0 there; no probability is off by more
     than LARGEST_ERROR.
     """
     device = part.logits_Krc.device
     rows, columns = (spans(grid, tile, device) for grid in (part.rows, part.columns))
-    prune = tile < WHOLE
-    binary_Krc = part.logits_Krc.log_softmax(0).mul_(math.log2(math.e)) if prune else None
-    for row in rows if strip is None else rows[strip : strip + 1]:
-        total_Khw = total_KhW[:, row.pixels] if strip is None else total_KhW
-        for column in columns:
-            target_Khw, seen = total_Khw[:, :, column.pixels], (slice(None), row.cells_c[:, None], column.cells_c)
-            if binary_Krc is None or not _add_those_that_matter(target_Khw, binary_Krc[seen], row, column, weight):
-                target_Khw.add_(upsample(part.logits_Krc[seen], row, column).softmax(0), alpha=weight)
+    if tile == WHOLE:
+        total[0][0].add_(upsample(part.logits_Krc, rows[0], columns[0]).softmax(0), alpha=weight)
+        return
+    binary_Krc = part.logits_Krc.log_softmax(0).mul_(math.log2(math.e))
+    for row, tiles in zip(rows[first : first + len(total)], total, strict=True):
+        highest_Kc = binary_Krc[:, row.cells_c].amax(1)
+        binary_Khc = row.weights_pr @ binary_Krc[:, row.reach]
+        for column, total_Khw in zip(columns, tiles, strict=True):
+            bounds_K = highest_Kc[:, column.cells_c].amax(1).exp2()
+            if not _add_those_that_matter(total_Khw, binary_Khc[:, :, column.reach], bounds_K, column.weights_pr, weight):
+                logits_Khw = binary_Khc[:, :, column.reach] @ column.weights_pr.T
+                total_Khw.add_(logits_Khw.mul_(math.log(2)).softmax(0), alpha=weight)
 
 
-def _add_those_that_matter(total_Khw: Tensor, binary_Krc: Tensor, row: Span, column: Span, weight: float) -> bool:
+def _add_those_that_matter(total_Khw: Tensor, binary_Khr: Tensor, bounds_K: Tensor, weights_wr: Tensor, weight: float) -> bool:
     """Add the probabilities of one tile, unless too much would be missing: then nothing is added, and the answer is False.
 
-    binary_Krc: binary logarithms of the cells' probabilities. A pixel's probabilities are 2^z_k over the sum of 2^z_j; no z_k
-    exceeds the largest of class k in the tile's cells.
+    binary_Khr: binary logarithms at the tile's rows and at the cells in reach of its columns, whose weights are weights_wr. A
+    pixel's probabilities are 2^z_k over the sum of 2^z_j. bounds_K: what no 2^z_k exceeds.
     """
-    bounds_K, ascending_K = binary_Krc.amax((1, 2)).exp2().sort()
-    missing_K = bounds_K.cumsum(0)
+    ascending_K, classes_K = bounds_K.sort()
+    missing_K = ascending_K.cumsum(0)
     dropped = int((missing_K <= LARGEST_ERROR / 4).sum())  # the sum is rarely less than 1/4
-    missing = float(missing_K[dropped - 1]) if dropped else 0.0
-    kept_n = ascending_K[dropped:].sort().values
-    powers_nhw = upsample(binary_Krc[kept_n], row, column).exp2_()
+    if dropped < len(bounds_K) / 2:  # picking the others would take longer than the exponentials of all
+        missing, kept_n = 0.0, None
+    else:
+        missing, kept_n = float(missing_K[dropped - 1]), classes_K[dropped:].sort().values
+    powers_nhw = ((binary_Khr if kept_n is None else binary_Khr[kept_n]) @ weights_wr.T).exp2_()
     sum_hw = powers_nhw.sum(0)
     if not float(sum_hw.min()) >= max(missing / LARGEST_ERROR, SMALLEST_SUM):
         return False
-    total_Khw.index_add_(0, kept_n, powers_nhw.div_(sum_hw), alpha=weight)
+    if kept_n is None:
+        total_Khw.addcmul_(powers_nhw, weight / sum_hw)
+    else:
+        total_Khw.index_add_(0, kept_n, powers_nhw.mul_(weight / sum_hw))
     return True

@@ -145,7 +145,7 @@ def test_a_folder_of_other_files_is_refused(tiny_config, weights, tmp_path):
 def mask_of(probs_KHW, monkeypatch, config, classes=(1,)) -> np.ndarray:
     H, W = probs_KHW.shape[1:]
     sample = SimpleNamespace(key="made up", image=np.full((H, W, 3), 128, np.uint8), classes=classes)
-    monkeypatch.setattr(infer, "predict", lambda *_: torch.tensor(probs_KHW))
+    monkeypatch.setattr(infer, "predict_tiles", lambda *_: [[torch.tensor(probs_KHW)]])
     return pseudo.pseudo_mask(None, sample, config)
 
 

@@ -137,7 +137,7 @@ def test_an_image_too_large_is_done_in_parts_and_said_to_be(tiny_config, weights
     def too_large(*_arguments):
         raise error
 
-    monkeypatch.setattr(infer, "predict", too_large)
+    monkeypatch.setattr(infer, "predict_tiles", too_large)
     out = pseudo.run(config, str(shards.root), weights, tmp_path / "out", "0")
     one, strips, *_ = capsys.readouterr().err.splitlines()
     assert one == "image_0: 70 x 90 pixels do not fit into memory; trying again with one window at a time"
@@ -151,7 +151,7 @@ def test_an_image_too_large_even_in_parts_is_an_error_that_names_it(tiny_config,
     def too_large(*_arguments):
         raise MemoryError
 
-    monkeypatch.setattr(infer, "predict", too_large)
+    monkeypatch.setattr(infer, "predict_tiles", too_large)
     monkeypatch.setattr(infer, "predict_in_strips", too_large)
     with pytest.raises(ValueError, match="image_0: 70 x 90 pixels do not fit into memory, not even strip by strip"):
         pseudo.run(tiny_config(), str(shards.root), weights, tmp_path / "out")
@@ -161,7 +161,7 @@ def test_other_errors_of_the_network_are_not_taken_for_want_of_memory(tiny_confi
     def wrong(*_arguments):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(infer, "predict", wrong)
+    monkeypatch.setattr(infer, "predict_tiles", wrong)
     with pytest.raises(RuntimeError, match="shapes"):
         pseudo.run(tiny_config(), str(shards.root), weights, tmp_path / "out")
 
