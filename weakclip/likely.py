@@ -87,4 +87,4 @@ def _winners(probs_Khw: Tensor, allowed: np.ndarray | None, key: str) -> np.ndar
 
 def _is_want_of_memory(error: Exception) -> bool:
     """Of the device (torch.OutOfMemoryError), of Python, or of torch on the CPU, whose error has no class of its own."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
