@@ -69,9 +69,13 @@ def _occurring(rows: Rows, sample: DecodedSample, config: Config) -> Likely:
     allowed = np.array([0, *sample.classes]) if config.pseudo.restrict_to_labels else None
     found = [_winners(probs_Khw, allowed, sample.key) for row in rows() for probs_Khw in row]
     classes_n = np.unique(np.concatenate(found))
-    wanted_n = torch.from_numpy(classes_n)
-    strips = [torch.cat([probs_Khw[wanted_n] for probs_Khw in row], dim=2).cpu().numpy() for row in rows()]
-    return Likely(classes_n, np.concatenate(strips, axis=1))
+    wanted_n, top = torch.from_numpy(classes_n), 0
+    probs_nHW = np.empty((len(classes_n), *sample.image.shape[:2]), np.float32)
+    for row in rows():
+        strip_nhW = torch.cat([probs_Khw[wanted_n] for probs_Khw in row], dim=2)
+        probs_nHW[:, top : top + strip_nhW.shape[1]] = strip_nhW.cpu().numpy()
+        top += strip_nhW.shape[1]
+    return Likely(classes_n, probs_nHW)
 
 
 def _winners(probs_Khw: Tensor, allowed: np.ndarray | None, key: str) -> np.ndarray:
