@@ -26,8 +26,8 @@ def _conv_norm_relu(in_channels: int, channels: int) -> nn.Sequential:
 class Lateral(nn.Conv2d):
     """1x1 convolution of a level's map and the score map beside it, resized to it.
 
-    Each has its own columns of the weight. Those of the scores are applied before these are resized, which is the same, since
-    a resize works on each channel with weights that sum to one; those of the level before its last doubling.
+    Each has its own columns of the weight. The level's are applied before its last doubling (see there), the scores' before
+    they are resized: a resize does the same to each channel, so a mixture of channels can come first.
     """
 
     def __init__(self, in_channels: int, channels: int, align_corners: bool) -> None:
