@@ -1,16 +1,13 @@
-"""Logits of windows -> probabilities at the image's size, tile by tile, without the classes that cannot matter there.
+"""Logits of windows -> probabilities at the image's size, tile by tile.
 
 Three steps follow a window's forward: its logits are resized to its own size, averaged where windows overlap, and resized to
 the image's size. Each is linear and works on one axis at a time, and windows form a grid, so all three together are two matrices:
 with all windows' logits side by side in l (r x c cells a class), logits at the image's size are A_rows l A_columns^T. Their
 rows sum to one and have no negative weights: a pixel is a weighted mean of cells, with the same weights for all classes.
 
-That bounds probabilities before anything is computed at full size. Subtract the logsumexp over classes from each cell (a
-softmax does not notice); no class' mean then exceeds its largest value in the cells that a tile of pixels sees, so classes with
-small values everywhere in those cells can be left out, and the sum over the others says how large an error that is at most. (The
-surer a network, the more: of COCO's 81 classes 13 in a tile on average for one, 35 for a surer one.) The rest is exponentials,
-which are powers of two here: torch makes those about four times as fast as exp (2.13, AVX-512). Each tile's probabilities lie
-together in memory.
+So the logsumexp over classes can be subtracted from each cell (a softmax does not notice), and no exponential overflows. They are
+powers of two here: torch makes those about four times as fast as exp (2.13, AVX-512). Each tile's probabilities lie together in
+memory, those of a whole image are more than a CPU's caches hold.
 """
 
 from __future__ import annotations
@@ -23,15 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGEST_ERROR = 1e-3
-"""Most that probabilities of a pixel may lose to classes that are left out, all of them together: a quarter of what an 8-bit
-probability can show."""
 SMALLEST_SUM = 1e-20
 """Of powers, that still divides without a loss; a NaN is none either."""
 TILE = 64
-"""Side, pixels, of the squares in which a CPU works: classes that matter in one are few, and their values stay in its cache."""
+"""Side, pixels, of the squares in which a CPU works: their values stay in its cache."""
 WHOLE = 1 << 30
-"""Side of a tile that no image exceeds: a GPU does more than needed sooner than it asks what is needed."""
+"""Side of a tile that no image exceeds: a GPU does all at once."""
 
 
 class Grid(NamedTuple):
@@ -58,10 +52,8 @@ Tiles = list[list[Tensor]]
 class Span(NamedTuple):
     """Part of an axis: the pixels of one tile."""
 
-    cells_c: Tensor
-    """int64: which cells they are means of, counted over all windows."""
     reach: slice
-    """From the first of them to the last."""
+    """From the first cell that they are means of to the last, counted over all windows."""
     weights_pr: Tensor
     """float32, pixels x cells in reach."""
 
@@ -96,7 +88,7 @@ def spans(grid: Grid, tile: int, device: torch.device) -> tuple[Span, ...]:
         part_pc = weights_pc[first : first + tile]
         cells_c = part_pc.any(0).nonzero()[:, 0]
         reach = slice(int(cells_c[0]), int(cells_c[-1]) + 1)
-        parts.append(Span(cells_c.to(device), reach, part_pc[:, reach].float().to(device)))
+        parts.append(Span(reach, part_pc[:, reach].float().to(device)))
     return tuple(parts)
 
 
@@ -123,11 +115,7 @@ def joined(tiles: Tiles) -> Tensor:
 
 
 def add_probabilities(total: Tiles, part: Pass, weight: float, tile: int, first: int = 0) -> None:
-    """Add `weight` times the pass' class probabilities to `total`, the rows of tiles from number `first` on.
-
-    Where tiles are smaller than the image, a class that cannot matter in one is taken as 0 there; no probability is off by more
-    than LARGEST_ERROR.
-    """
+    """Add `weight` times the pass' class probabilities to `total`, the rows of tiles from number `first` on."""
     device = part.logits_Krc.device
     rows, columns = (spans(grid, tile, device) for grid in (part.rows, part.columns))
     if tile == WHOLE:
@@ -135,34 +123,12 @@ def add_probabilities(total: Tiles, part: Pass, weight: float, tile: int, first:
         return
     binary_Krc = part.logits_Krc.log_softmax(0).mul_(math.log2(math.e))
     for row, tiles in zip(rows[first : first + len(total)], total, strict=True):
-        highest_Kc = binary_Krc[:, row.cells_c].amax(1)
         binary_Khc = row.weights_pr @ binary_Krc[:, row.reach]
         for column, total_Khw in zip(columns, tiles, strict=True):
-            bounds_K = highest_Kc[:, column.cells_c].amax(1).exp2()
-            if not _add_those_that_matter(total_Khw, binary_Khc[:, :, column.reach], bounds_K, column.weights_pr, weight):
-                logits_Khw = binary_Khc[:, :, column.reach] @ column.weights_pr.T
-                total_Khw.add_(logits_Khw.mul_(math.log(2)).softmax(0), alpha=weight)
-
-
-def _add_those_that_matter(total_Khw: Tensor, binary_Khr: Tensor, bounds_K: Tensor, weights_wr: Tensor, weight: float) -> bool:
-    """Add the probabilities of one tile, unless too much would be missing: then nothing is added, and the answer is False.
-
-    binary_Khr: binary logarithms at the tile's rows and at the cells in reach of its columns, whose weights are weights_wr. A
-    pixel's probabilities are 2^z_k over the sum of 2^z_j. bounds_K: what no 2^z_k exceeds.
-    """
-    ascending_K, classes_K = bounds_K.sort()
-    missing_K = ascending_K.cumsum(0)
-    dropped = int((missing_K <= LARGEST_ERROR / 4).sum())  # the sum is rarely less than 1/4
-    if dropped < len(bounds_K) / 2:  # picking the others would take longer than the exponentials of all
-        missing, kept_n = 0.0, None
-    else:
-        missing, kept_n = float(missing_K[dropped - 1]), classes_K[dropped:].sort().values
-    powers_nhw = ((binary_Khr if kept_n is None else binary_Khr[kept_n]) @ weights_wr.T).exp2_()
-    sum_hw = powers_nhw.sum(0)
-    if not float(sum_hw.min()) >= max(missing / LARGEST_ERROR, SMALLEST_SUM):
-        return False
-    if kept_n is None:
-        total_Khw.addcmul_(powers_nhw, weight / sum_hw)
-    else:
-        total_Khw.index_add_(0, kept_n, powers_nhw.mul_(weight / sum_hw))
-    return True
+            powers_Khw = (binary_Khc[:, :, column.reach] @ column.weights_pr.T).exp2_()
+            sum_hw = powers_Khw.sum(0)
+            if float(sum_hw.min()) >= SMALLEST_SUM:
+                total_Khw.addcmul_(powers_Khw, weight / sum_hw)
+            else:  # cells beside each other are sure of different classes, or hold a NaN
+                logits_Khw = (binary_Khc[:, :, column.reach] @ column.weights_pr.T).mul_(math.log(2))
+                total_Khw.add_(logits_Khw.softmax(0), alpha=weight)

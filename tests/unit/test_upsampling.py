@@ -11,7 +11,7 @@ from weakclip import infer
 from weakclip.config import PseudoConfig
 from weakclip.data.transforms import IMAGENET, resize_image
 from weakclip.infer import Predictor, predict, predict_in_strips, scaled_sizes, starts
-from weakclip.upsampling import LARGEST_ERROR, WHOLE, joined
+from weakclip.upsampling import WHOLE, joined
 
 SCALE = (256, 96)
 
@@ -61,25 +61,19 @@ def plainly(predictor: Predictor, image_HW3: np.ndarray, config: PseudoConfig) -
 
 @pytest.mark.parametrize("sharpness", [0.1, 1, 8, 60])
 @pytest.mark.parametrize("H, W, smooth", [(150, 200, 8), (97, 131, 2), (20, 300, 8), (1, 1, 2), (64, 64, 4)])
-def test_probabilities_are_those_of_the_plain_order_within_the_promised_error(H, W, smooth, sharpness):
+def test_probabilities_are_those_of_the_plain_order(H, W, smooth, sharpness):
     predictor, image_HW3 = network(sharpness, smooth=smooth), picture(H, W)
     probs_KHW, want_KHW = predict(predictor, image_HW3, settings(), SCALE), plainly(predictor, image_HW3, settings())
-    assert (probs_KHW - want_KHW).abs().max() <= LARGEST_ERROR + 2e-6 * max(sharpness, 1)
+    assert (probs_KHW - want_KHW).abs().max() <= 2e-6 * max(sharpness, 1)
     torch.testing.assert_close(probs_KHW.sum(0), torch.ones(H, W), rtol=0, atol=1e-5)
     assert (probs_KHW.argmax(0) == want_KHW.argmax(0)).float().mean() >= 0.999
 
 
-def test_all_classes_are_exact_where_none_is_left_out(monkeypatch):
-    """As on a GPU, in one tile."""
+def test_one_tile_as_on_a_gpu_gives_the_same(monkeypatch):
     predictor, image_HW3 = network(8), picture(97, 131)
     monkeypatch.setattr(infer, "TILE", WHOLE)
     probs_KHW = predict(predictor, image_HW3, settings(), SCALE)
     torch.testing.assert_close(probs_KHW, plainly(predictor, image_HW3, settings()), rtol=0, atol=2e-5)
-
-
-def test_classes_that_cannot_matter_are_left_out():
-    probs_KHW = predict(network(60), picture(150, 200), settings(), SCALE)
-    assert (probs_KHW == 0).float().mean() > 0.3
 
 
 def test_neighbouring_cells_that_are_sure_of_different_classes_give_finite_probabilities():
