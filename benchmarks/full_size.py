@@ -21,9 +21,9 @@ import torch
 
 from weakclip import cli, labels, pseudo
 from weakclip.config import Config
-from weakclip.data.shard import DecodedSample
-from weakclip.losses import weakclip_losses
-from weakclip.model import WeakCLIP
+from weakclip.data.sample import DecodedSample
+from weakclip.models.losses import weakclip_losses
+from weakclip.models.weakclip import WeakCLIP
 
 
 def step(model: WeakCLIP, config: Config, device: torch.device) -> Callable[[], None]:

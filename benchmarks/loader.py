@@ -31,14 +31,18 @@ from PIL import Image
 
 from weakclip import cli
 from weakclip.config import AugmentConfig, Config
-from weakclip.data.coco import coco_items
+from weakclip.data.index import Index, open_index
+from weakclip.data.photometric import IMAGENET, distort
 from weakclip.data.plan import generator
-from weakclip.data.shard import Index, Sample, read_entry
-from weakclip.data.sources import Item, load_item
-from weakclip.data.stream import Source, TrainingSamples, collate, open_index, training_batches
-from weakclip.data.transforms import IMAGENET, distort, draw_photometric, scaled_size
-from weakclip.data.writing import build_shards
+from weakclip.data.reading import read_entry
+from weakclip.data.sample import Sample
+from weakclip.data.stream import Source, TrainingSamples, collate, training_batches
+from weakclip.data.transforms import draw_photometric, scaled_size
+from weakclip.datasets.coco import coco_items
+from weakclip.datasets.items import Item, load_item
+from weakclip.datasets.writing import build_shards
 from weakclip.labels import COCO
+from weakclip.masks.seeds import seed_mask
 
 CONTESTANTS = ("published", "ours", "ours, distorted and normalised on the CPU")
 RANKS = 4  # of the published recipe
@@ -110,7 +114,7 @@ def rates(index: Index, files: Path, config: Config, rounds: int) -> dict[str, f
     """Median samples a second; a round is an epoch, in which two contestants take turns batch by batch."""
     images, batch = len(index.entries), config.train.batch
     source = Source(index, (config.seed, 0), config.data.shuffle_window)
-    loader = iter(TrainingSamples((index,), config, 0, 0, 1))
+    loader = iter(TrainingSamples((index,), config, 0, 0, 1, partial(seed_mask, config=config.seeds)))
 
     def publish(positions: Sequence[int]) -> None:
         for position in positions:
@@ -143,7 +147,7 @@ def scaling(path: Path, config: Config, rounds: int) -> dict[str, float]:
     batches = 40
     for workers, times in [*taken.items()] * rounds:
         config.data.workers = workers
-        stream = training_batches(open_index(str(path), COCO), config)
+        stream = training_batches(open_index(str(path), COCO), config, partial(seed_mask, config=config.seeds))
         [*islice(stream, 2 * workers + 2)]  # those that were loaded ahead, before the clock runs
         times.append(seconds(lambda stream=stream: [*islice(stream, batches)]))
         stream.close()
@@ -156,7 +160,14 @@ def starts(path: Path, config: Config, rounds: int) -> dict[str, float]:
     taken: dict[int, list[float]] = {0: [], 30_000: []}
 
     def first(step: int) -> None:
-        stream = training_batches(open_index(str(path), COCO), config, step * config.train.batch * RANKS, 0, RANKS)
+        stream = training_batches(
+            open_index(str(path), COCO),
+            config,
+            partial(seed_mask, config=config.seeds),
+            step * config.train.batch * RANKS,
+            0,
+            RANKS,
+        )
         next(stream)
         stream.close()
 

@@ -33,23 +33,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weakclip import cli, crf, infer, labels, masks, pseudo
-from weakclip import weights as stored
-from weakclip.behind import Behind
+from weakclip import cli, labels, pseudo
+from weakclip.checkpoints import weights as stored
 from weakclip.config import Config
-from weakclip.data.shard import DecodedSample
-from weakclip.data.stream import load, open_index
+from weakclip.data.index import open_index
+from weakclip.data.reading import load
+from weakclip.data.sample import DecodedSample
 from weakclip.data.transforms import resize_image
-from weakclip.model import WeakCLIP
-from weakclip.quality import Curves
+from weakclip.masks import crf, mask_folder, sliding_window
+from weakclip.masks.statistics import Curves
+from weakclip.models.weakclip import WeakCLIP
+from weakclip.runtime.workers import WorkerPool
 
 # ------------------------------------------------------------------------------------------------------- the released way
 
 
-def released_probabilities(predictor: infer.Predictor, image_HW3: np.ndarray, config: Config) -> Tensor:
+def released_probabilities(predictor: sliding_window.Predictor, image_HW3: np.ndarray, config: Config) -> Tensor:
     """Mean probabilities, K x H x W."""
     total_1KHW = torch.zeros(())
-    views = infer.views(infer.scaled_sizes(image_HW3, config.pseudo, config.data.scale), config.pseudo)
+    views = sliding_window.views(sliding_window.scaled_sizes(image_HW3, config.pseudo, config.data.scale), config.pseudo)
     for view in views:
         x_HW3 = torch.from_numpy(resize_image(image_HW3, view.size))
         x_13HW = predictor.normalisation.apply(x_HW3.permute(2, 0, 1).float())[None]
@@ -59,13 +61,13 @@ def released_probabilities(predictor: infer.Predictor, image_HW3: np.ndarray, co
     return (total_1KHW / len(views))[0]
 
 
-def released_slide(predictor: infer.Predictor, x_13HW: Tensor, config: Config) -> Tensor:
+def released_slide(predictor: sliding_window.Predictor, x_13HW: Tensor, config: Config) -> Tensor:
     """Logits at the size of the scaled image, 1 x K x H x W."""
     H, W = x_13HW.shape[2:]
     window, stride = config.pseudo.window, config.pseudo.stride
     sum_1KHW, count_HW = torch.zeros(1, predictor.num_classes, H, W), torch.zeros(H, W)
-    for y in infer.starts(H, window, stride):
-        for x in infer.starts(W, window, stride):
+    for y in sliding_window.starts(H, window, stride):
+        for x in sliding_window.starts(W, window, stride):
             crop = x_13HW[:, :, y : y + window, x : x + window]
             h, w = crop.shape[2:]
             logits = F.interpolate(predictor.logits(crop), size=(h, w), mode="bilinear")
@@ -74,7 +76,7 @@ def released_slide(predictor: infer.Predictor, x_13HW: Tensor, config: Config) -
     return sum_1KHW / count_HW
 
 
-def released_first(predictor: infer.Predictor, samples: Sequence[DecodedSample], config: Config, out: Path) -> None:
+def released_first(predictor: sliding_window.Predictor, samples: Sequence[DecodedSample], config: Config, out: Path) -> None:
     """The first command: files of probabilities."""
     for sample in samples:
         with torch.inference_mode():
@@ -91,7 +93,7 @@ def released_crf(sample: DecodedSample, config: Config, out: Path) -> None:
     probs_nHW, classes_n = found["prob"], found["keys"]
     if len(classes_n) > 1 and config.pseudo.crf is not None:
         probs_nHW = crf.dense_crf(probs_nHW, sample.image, config.pseudo.crf)
-    masks.save(classes_n[probs_nHW.argmax(0)].astype(np.uint8), out / f"{sample.key}.png")
+    mask_folder.save(classes_n[probs_nHW.argmax(0)].astype(np.uint8), out / f"{sample.key}.png")
 
 
 # ------------------------------------------------------------------------------------------------------------ measurement
@@ -99,7 +101,7 @@ def released_crf(sample: DecodedSample, config: Config, out: Path) -> None:
 
 def same(first: Path, second: Path, keys: Sequence[str]) -> float:
     """Share of pixels on which two folders of masks agree."""
-    pairs = [(masks.read(first, key).ravel(), masks.read(second, key).ravel()) for key in keys]
+    pairs = [(mask_folder.read(first, key).ravel(), mask_folder.read(second, key).ravel()) for key in keys]
     return float(np.mean(np.concatenate([a == b for a, b in pairs])))
 
 
@@ -119,13 +121,18 @@ class Seconds(NamedTuple):
 
 
 def ours(
-    predictor: infer.Predictor, samples: Sequence[DecodedSample], config: Config, out: Path, curves: Curves, behind: Behind
+    predictor: sliding_window.Predictor,
+    samples: Sequence[DecodedSample],
+    config: Config,
+    out: Path,
+    curves: Curves,
+    workers: WorkerPool,
 ) -> None:
-    pseudo.write_masks(predictor, config, samples, out, curves, behind)
+    pseudo.write_masks(predictor, config, samples, out, curves, workers)
 
 
 def one_round(
-    model: WeakCLIP, samples: Sequence[DecodedSample], config: Config, folder: Path, pool: Executor, behind: Behind
+    model: WeakCLIP, samples: Sequence[DecodedSample], config: Config, folder: Path, pool: Executor, workers: WorkerPool
 ) -> Seconds:
     """Masks go to FOLDER/released and FOLDER/ours."""
     theirs, mine = folder / "released", folder / "ours"
@@ -137,7 +144,7 @@ def one_round(
         timed(released_first, each, samples, config, theirs),
         timed(lambda: [*pool.map(released_crf, samples, repeat(config), repeat(theirs))]),
         timed(released_first, once, samples, config, theirs),
-        timed(ours, once, samples, config, mine, Curves(folder / "curves", 0), behind),
+        timed(ours, once, samples, config, mine, Curves(folder / "curves", 0), workers),
     )
 
 
@@ -145,10 +152,10 @@ def compare(model: WeakCLIP, samples: Sequence[DecodedSample], config: Config, r
     """Images a second, of the median round, and how alike the masks are."""
     cores = len(os.sched_getaffinity(0))
     found = []
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool, Behind(cores) as behind:
-        one_round(model, samples[:cores], config, folder / "start", pool, behind)
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool, WorkerPool(cores) as workers:
+        one_round(model, samples[:cores], config, folder / "start", pool, workers)
         for turn in range(rounds):
-            found.append(one_round(model, samples, config, folder / str(turn), pool, behind))
+            found.append(one_round(model, samples, config, folder / str(turn), pool, workers))
             print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in found[-1]._asdict().items()), file=sys.stderr)
     times = {
         "released": [each.released_first + each.released_crf for each in found],

@@ -1,70 +1,12 @@
-"""Check a shard set: each shard's SHA-256, its members against the index, and that every sample decodes.
+"""python -m weakclip.datasets.verify, from a checkout."""
 
-python shards/verify.py shards_train
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
 import sys
-import tarfile
-from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
 
-from tqdm import tqdm
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
 from weakclip import cli
-from weakclip.data.shard import Index, ShardError, decode_sample, read_entry, sha256
-from weakclip.processes import map_in_processes
-
-
-def verify_shard(index: Index) -> list[str]:
-    """What is wrong with the shard of a set of one, a line each."""
-    (shard,), problems, members = index.shards, [], []
-    if (digest := sha256(index.root / shard.name)) != shard.sha256:
-        problems.append(f"{shard.name}: SHA-256 is {digest}, the index has {shard.sha256}; copy or build it again")
-    for entry in shard.samples:
-        try:
-            parts = read_entry(index, entry)
-            members += [f"{entry.key}.{extension}" for extension in parts]
-            decode_sample(parts, entry, len(index.classes))
-        except ShardError as error:
-            problems.append(str(error))
-    try:
-        with tarfile.open(index.root / shard.name, "r:") as archive:
-            if archive.getnames() != members:
-                problems.append(f"{shard.name}: its members are not those of the index; copy or build it again")
-    except tarfile.TarError as error:
-        problems.append(f"{shard.name}: not a tar file ({error}); copy or build it again")
-    return problems
-
-
-def verify(index: Index, processes: int) -> list[str]:
-    """What is wrong with a shard set, a line each."""
-    strangers = {path.name for path in index.root.glob("*.tar")} - {shard.name for shard in index.shards}
-    problems = [f"{name}: not in the index; remove it" for name in sorted(strangers)]
-    alone = [replace(index, shards=(shard,)) for shard in index.shards]  # a process needs no more of the index
-    with tqdm(total=len(index.entries), unit=" images", desc="verify") as bar:
-        for shard, found in zip(index.shards, map_in_processes(verify_shard, processes, alone), strict=True):
-            problems += found
-            bar.update(len(shard.samples))
-    return problems
-
-
-def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", help="the shard set, with index.json in it")
-    parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="shards checked at a time")
-    options = parser.parse_args(arguments)
-    index = Index.load(options.directory)
-    problems = verify(index, options.processes)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    print(f"{options.directory}: {len(index.shards)} shards, {len(index.entries)} samples, {len(problems)} problems")
-    if problems:
-        sys.exit(1)
-
+from weakclip.datasets.verify import main
 
 if __name__ == "__main__":
     cli.run(main, sys.argv[1:])

@@ -67,8 +67,8 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def make_tiny_clip() -> Callable[..., Any]:
     """A seeded random open_clip.CLIP of a few thousand weights; keyword arguments change its vision part."""
-    from weakclip.clip import open_clip  # weakclip.clip prepares the import
-    from weakclip.torchvision_ops import torch
+    from weakclip.models.clip import open_clip  # weakclip.clip prepares the import
+    from weakclip.runtime.torchvision_ops import torch
 
     def make(**vision: Any) -> Any:
         torch.manual_seed(7)
@@ -83,8 +83,8 @@ def save_tiny_clip(make_tiny_clip) -> Callable[..., Path]:
     """Writes such a CLIP as a directory of open_clip_config.json and weights, with the token rows of all class names alone."""
     from safetensors.torch import save_file
 
-    from weakclip.clip import tokenize
     from weakclip.labels import CLASS_SETS
+    from weakclip.models.clip import tokenize
 
     def save(folder: Path, **vision: Any) -> Path:
         state = {name: tensor.contiguous() for name, tensor in make_tiny_clip(**vision).state_dict().items()}
@@ -154,8 +154,8 @@ def tiny_model(tiny_recipe) -> Callable[..., Any]:
     """A seeded random WeakCLIP of the tiny recipe, changed by overrides, in evaluation mode."""
     from weakclip.config import load
     from weakclip.labels import class_names
-    from weakclip.model import WeakCLIP
-    from weakclip.torchvision_ops import torch
+    from weakclip.models.weakclip import WeakCLIP
+    from weakclip.runtime.torchvision_ops import torch
 
     @functools.cache
     def build(*overrides: str) -> WeakCLIP:
@@ -169,7 +169,7 @@ def tiny_model(tiny_recipe) -> Callable[..., Any]:
 @pytest.fixture
 def weights(tiny_model, tmp_path) -> Path:
     """last.safetensors of the run that `tiny_config` means, the tiny model's."""
-    from weakclip import weights as stored
+    from weakclip.checkpoints import weights as stored
 
     path = tmp_path / "run/weights/last.safetensors"
     stored.save(tiny_model(), path, step=3)
@@ -188,8 +188,8 @@ def make_shards() -> Callable[..., Any]:
 
     Image n is of random pixels with `n` in its first one; its left half is class 1 in mask, seed and CAM, the rest background.
     """
-    from weakclip.data.shard import Cam, Sample
-    from weakclip.data.writing import build_shards
+    from weakclip.data.sample import Cam, Sample
+    from weakclip.datasets.writing import build_shards
 
     def make(out: Path, count: int = 7, per_shard: int = 3, H: int = 48, W: int = 64, **changes: Any) -> Any:
         def load(number: int) -> Sample:

@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from weakclip.data.coco import coco_items
-from weakclip.data.sources import load_item
+from weakclip.datasets.coco import coco_items
+from weakclip.datasets.items import load_item
 from weakclip.labels import COCO, class_map
 
 

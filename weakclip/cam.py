@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from weakclip import cli, labels, masks
-from weakclip.clip_files import place, weights_file
+from weakclip import cli, labels
+from weakclip.checkpoints.clip_files import place, weights_file
 from weakclip.config import Config, ConfigError, CrfConfig, SeedConfig
-from weakclip.data import writing
-from weakclip.data.shard import Cam, DecodedSample, Entry, Index, PackedSample, decode_sample, read_entry, sha256
-from weakclip.tasks import Classify
+from weakclip.data.index import Entry, Index, sha256
+from weakclip.data.reading import read_entry
+from weakclip.data.sample import Cam, DecodedSample, PackedSample, decode_sample
+from weakclip.datasets import writing
+from weakclip.masks import mask_folder
+from weakclip.training.jobs import Classify
 
 if TYPE_CHECKING:
-    from weakclip.prompts import PromptedClip
+    from weakclip.cams.texts import PromptedClip
 
 PROMPT = "prompt"
 """In the set's build.json: the template that was taken."""
@@ -78,11 +81,10 @@ class WithCam:
         return PackedSample(entry.key, parts, f"{self.labelled.storage}/{entry.shard}")
 
     def _seed(self, sample: DecodedSample, cam: Cam, crf: CrfConfig) -> bytes:
-        from weakclip.data.stream import cam_maps
-        from weakclip.seeds import refined_seed
+        from weakclip.masks.seeds import cam_maps, refined_seed
 
         maps_nHW, thresholds = cam_maps(replace(sample, cam=cam)), (self.seeds.background, self.seeds.foreground)
-        return masks.encode(refined_seed(maps_nHW, cam.classes, sample.image, *thresholds, crf))
+        return mask_folder.encode(refined_seed(maps_nHW, cam.classes, sample.image, *thresholds, crf))
 
     def warnings(self) -> list[str]:
         """One line for each kind of want."""
@@ -102,7 +104,7 @@ def run(config: Config, part: str | None) -> None:
     shards = len(labelled.shards)
     if written(config, labelled) == shards:
         return
-    from weakclip.data.stream import select_numbers  # torch, which the login node that counts shards need not load
+    from weakclip.data.index import select_numbers  # torch, which the login node that counts shards need not load
 
     numbers = select_numbers(shards, part, str(labelled.storage))
     source = _SOURCES[config.cam.source]
@@ -143,7 +145,7 @@ def _about_clip(config: Config) -> dict[str, Any]:
 
 
 def _by_clip(config: Config, labelled: Index) -> tuple[Callable[[DecodedSample], Cam], dict[str, Any]]:
-    from weakclip.prompts import PromptedClip
+    from weakclip.cams.texts import PromptedClip
 
     clip = PromptedClip(config, labelled.classes)
     template = choose(config, clip, labelled)
@@ -157,7 +159,7 @@ def _about_mctformer(config: Config) -> dict[str, Any]:
 
 
 def _by_mctformer(config: Config, _labelled: Index) -> tuple[Callable[[DecodedSample], Cam], dict[str, Any]]:
-    from weakclip import weights
+    from weakclip.checkpoints import weights
 
     task = Classify(config)
     network: Any = task.load(weights.find(task.config, "last"))

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from weakclip.files import write_whole
+from weakclip.runtime.atomic import write_whole
 
 
 class ConfigError(ValueError):

@@ -23,15 +23,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from weakclip import archives, cli, fit, labels, weights
+from weakclip import cli, labels
 from weakclip import config as configs
-from weakclip.adapter import PyramidAdapter
+from weakclip.checkpoints import state_dict, weight_files, weights
 from weakclip.config import ConfigError, DecoderConfig, MatchingConfig
-from weakclip.decoder import TextGuidedDecoder
-from weakclip.files import write_whole
-from weakclip.matching import CoAttentionMatching
-from weakclip.model import WeakCLIP
-from weakclip.pretrained import ARCHITECTURE, CLASS_EMBEDDING, open_clip
+from weakclip.models.adapter import PyramidAdapter
+from weakclip.models.decoder import TextGuidedDecoder
+from weakclip.models.matching import CoAttentionMatching
+from weakclip.models.pretrained import ARCHITECTURE, CLASS_EMBEDDING, open_clip
+from weakclip.models.weakclip import WeakCLIP
+from weakclip.runtime.atomic import write_whole
 
 # Beginnings of names, released and ours. The first that fits counts, so the general ones stand last.
 PREFIXES = (
@@ -182,10 +183,10 @@ def read_released(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tenso
     """Ours, from a released checkpoint that is complete and holds nothing unknown. Raises ConfigError if it isn't."""
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(UNUSED))}
     if lacking := [name for name, ndim in _SIZES.items() if name not in tensors or tensors[name].ndim != ndim]:
-        raise ConfigError(f"{source}: no released WeakCLIP on a ViT; it lacks {fit.some(lacking)}")
+        raise ConfigError(f"{source}: no released WeakCLIP on a ViT; it lacks {state_dict.some(lacking)}")
     ours = from_released(tensors)
     _check_depth(architecture(ours, 1, 1), source)
-    fit.check_fit(to_released(expected(ours)), tensors, source, "take a checkpoint of the released WeakCLIP on a ViT")
+    state_dict.check_fit(to_released(expected(ours)), tensors, source, "take a checkpoint of the released WeakCLIP on a ViT")
     return ours
 
 
@@ -231,7 +232,7 @@ def read(path: Path, classes: str | None = None) -> Checkpoint:
     """
     if path.is_dir():
         return _read_run(path)
-    tensors, meta = archives.read(path)
+    tensors, meta = weight_files.read(path)
     if "clip.visual.class_embedding" in tensors and "prompts_ND" in tensors:
         return Checkpoint(tensors, meta)
     if "visual.class_embedding" in tensors:

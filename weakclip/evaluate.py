@@ -17,15 +17,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from weakclip import cli, labels, masks, scores
-from weakclip.behind import Behind
-from weakclip.boundary import boundary_counts
+from weakclip import cli, labels
 from weakclip.config import Config, ConfigError, CrfConfig
-from weakclip.data.shard import DecodedSample, Index
-from weakclip.data.stream import StoredSamples, cam_maps, open_index, seed_mask, select_shards
-from weakclip.metrics import Counts, Scores, confusion, percent
-from weakclip.scores import Scored
-from weakclip.seeds import cam_to_seed, refined_cam, strongest
+from weakclip.data.index import Index, open_index, select_shards
+from weakclip.data.sample import DecodedSample
+from weakclip.data.stream import StoredSamples
+from weakclip.evaluation import score_files
+from weakclip.evaluation.boundary_iou import boundary_counts
+from weakclip.evaluation.metrics import Counts, Scores, confusion, percent
+from weakclip.evaluation.score_files import Scored
+from weakclip.masks import mask_folder
+from weakclip.masks.seeds import cam_maps, cam_to_seed, refined_cam, seed_mask, strongest
+from weakclip.runtime.workers import WorkerPool
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
@@ -109,8 +112,8 @@ def cam_crf_counts(
 ) -> list[Counts]:
     """Of the CAMs at a background threshold after a dense CRF, in each of its settings. processes: `pseudo.processes`."""
     total = [Counts.zero(num_classes)] * len(settings)
-    with Behind(processes) as behind:
-        found = behind.map(partial(_cam_crf_counts, threshold=threshold, settings=settings, num_classes=num_classes), samples)
+    with WorkerPool(processes) as pool:
+        found = pool.map(partial(_cam_crf_counts, threshold=threshold, settings=settings, num_classes=num_classes), samples)
         for counts in tqdm(found, "CAM + CRF", unit=" images", disable=None):
             total = [whole + part for whole, part in zip(total, counts, strict=True)]
     return total
@@ -138,7 +141,7 @@ def run(config: Config, what: str, data: str, shards: str | None, folder: Path) 
         return found
     if what == "seeds":
         return score(samples, lambda sample: seed_mask(sample, config.seeds), names)
-    return score(samples, lambda sample: masks.read(folder, sample.key), names)
+    return score(samples, lambda sample: mask_folder.read(folder, sample.key), names)
 
 
 def run_part(config: Config, part: str | None) -> None:
@@ -156,7 +159,7 @@ def score_shards(config: Config, index: Index, part: str | None, place: Scored) 
     for shard, entries in tqdm([(shard, list(entries)) for shard, entries in shards], "scoring", unit=" shards", disable=None):
         if place.counts(shard) is None:
             samples = StoredSamples(index, entries, config.data.workers)
-            found = count(samples, lambda sample: masks.read(place.masks, sample.key), len(index.classes))
+            found = count(samples, lambda sample: mask_folder.read(place.masks, sample.key), len(index.classes))
             place.write_counts(shard, found)
     if (whole := place.add_up(index)) is not None:
         print(whole.table())
@@ -175,7 +178,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(options.masks or Path(config.run) / "pseudo")
     found = run(config, options.what, options.data or config.data.train, options.shards, folder)
     out = Path(options.out or Path(config.run) / f"scores-{options.what}.json")
-    scores.write(found, masks.read_about(folder) if options.what == "masks" else None, out)
+    score_files.write(found, mask_folder.read_about(folder) if options.what == "masks" else None, out)
     print(found.table())
     print(f"written: {out}")
 

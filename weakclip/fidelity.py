@@ -21,17 +21,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weakclip import archives, cli, convert, fit, infer
-from weakclip.clip import tokenize
+from weakclip import cli, convert
+from weakclip.checkpoints import state_dict, weight_files
 from weakclip.config import ClipConfig, Config, ConfigError, CrfConfig, DecoderConfig, LossConfig, MatchingConfig, PromptConfig
 from weakclip.config import PseudoConfig as InferenceConfig
-from weakclip.crf import BOUNDARY, dense_crf
-from weakclip.data.transforms import IMAGENET, resize_image
-from weakclip.decoder import resize
+from weakclip.data.photometric import IMAGENET
+from weakclip.data.transforms import resize_image
 from weakclip.labels import VOC
-from weakclip.losses import boundary_target, crf_images, on_grid, weakclip_losses
-from weakclip.model import WeakCLIP
-from weakclip.pretrained import unpack_tokens
+from weakclip.masks import sliding_window
+from weakclip.masks.crf import BOUNDARY, dense_crf
+from weakclip.models.clip import tokenize
+from weakclip.models.decoder import resize
+from weakclip.models.losses import boundary_target, crf_images, on_grid, weakclip_losses
+from weakclip.models.pretrained import unpack_tokens
+from weakclip.models.weakclip import WeakCLIP
 
 # The published dense CRFs at full resolution, and the boundary loss' own, by the names of their outputs.
 CRFS = {
@@ -87,7 +90,7 @@ class Golden:
         self.model = self._build()
 
     def read(self, part: str) -> dict[str, Tensor]:
-        return archives.read(self.folder / f"{part}.safetensors").tensors
+        return weight_files.read(self.folder / f"{part}.safetensors").tensors
 
     def _released(self) -> dict[str, Tensor]:
         """The state dict in float32, its token embedding whole again (the file holds the rows that occur)."""
@@ -117,7 +120,7 @@ class Golden:
     def reset(self) -> WeakCLIP:
         """The model with the stored weights and statistics and no gradients."""
         trainable = {name: tensor for name, tensor in self.ours.items() if not name.startswith("clip.")}
-        fit.load_into(self.model, trainable, str(self.folder), "take matching sizes in config.json")
+        state_dict.load_into(self.model, trainable, str(self.folder), "take matching sizes in config.json")
         for parameter in convert.parameters(self.model).values():
             parameter.grad = None
         return self.model
@@ -249,14 +252,14 @@ def inference(golden: Golden) -> Computed:
         raise ConfigError(f"{golden.folder}/config.json: crop {sizes['crop']}, stride {sizes['stride']}: our windows are square")
     config = InferenceConfig(window=sizes["crop"][0], stride=sizes["stride"][0])
     predictor, x_3HW = model.predictor(), golden.inputs["slide.img"][0]
-    logits_KHW = infer.slide(predictor, x_3HW, config)
-    mirrored_KHW = infer.slide(predictor, x_3HW.flip(2), config)
+    logits_KHW = sliding_window.slide(predictor, x_3HW, config)
+    mirrored_KHW = sliding_window.slide(predictor, x_3HW.flip(2), config)
     probs_KHW = (logits_KHW.softmax(0) + mirrored_KHW.softmax(0).flip(2)) / 2
     every = golden.info["flip_avg_prob_subsample"]
     yield "slide.logits", logits_KHW[None]
     yield "slide.flip_avg_prob_sub", probs_KHW[None, :, ::every, ::every]
     yield "slide.flip_avg_argmax", probs_KHW.argmax(0)[None]
-    probs_KHW = infer.average(predictor, golden.inputs["aug.img_uint8"][0].numpy(), scaled_sizes(golden), config)
+    probs_KHW = sliding_window.average(predictor, golden.inputs["aug.img_uint8"][0].numpy(), scaled_sizes(golden), config)
     yield "aug.prob_all", probs_KHW[None]
     yield "aug.pred", probs_KHW.argmax(0)
     yield "aug.keys", probs_KHW.argmax(0).unique()
@@ -319,7 +322,7 @@ def main(arguments: Sequence[str]) -> None:
     rows = list(compare(parser.parse_args(arguments).folder))
     print(table(rows))
     if failed := [row.name for row in rows if not row.passed]:
-        raise ValueError(f"{len(failed)} of {len(rows)} numbers are not the released code's: {fit.some(failed)}")
+        raise ValueError(f"{len(failed)} of {len(rows)} numbers are not the released code's: {state_dict.some(failed)}")
     print(f"all {len(rows)} within their limits")
 
 

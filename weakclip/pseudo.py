@@ -14,41 +14,48 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from weakclip import cli, infer, masks
-from weakclip import weights as stored
-from weakclip.behind import Behind, map_in_threads
+from weakclip import cli
+from weakclip.checkpoints import weights as stored
 from weakclip.config import Config
-from weakclip.data.shard import DecodedSample, Index
-from weakclip.data.stream import StoredSamples, open_index, select_shards
-from weakclip.finish import Unfinished, finish, mask_of
-from weakclip.likely import NotFinite, likely
-from weakclip.quality import Curves
-from weakclip.tasks import Refine, Task
+from weakclip.data.index import Index, open_index, select_shards
+from weakclip.data.sample import DecodedSample
+from weakclip.data.stream import StoredSamples
+from weakclip.masks import mask_folder, sliding_window
+from weakclip.masks.fallback import NotFinite, likely
+from weakclip.masks.statistics import Curves
+from weakclip.masks.writing import Unfinished, finish, mask_of
+from weakclip.runtime.workers import WorkerPool, map_in_threads
+from weakclip.training.jobs import Refine, Task
 
 
 def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def pseudo_mask(predictor: infer.Predictor, sample: DecodedSample, config: Config) -> np.ndarray:
+def pseudo_mask(predictor: sliding_window.Predictor, sample: DecodedSample, config: Config) -> np.ndarray:
     """uint8 H x W of class indices."""
     return mask_of(likely(predictor, sample, config, say), sample.image, config.pseudo.crf)
 
 
 def write_masks(
-    predictor: infer.Predictor, config: Config, samples: Iterable[DecodedSample], out: Path, curves: Curves, behind: Behind
+    predictor: sliding_window.Predictor,
+    config: Config,
+    samples: Iterable[DecodedSample],
+    out: Path,
+    curves: Curves,
+    workers: WorkerPool,
 ) -> None:
     """KEY.png of every sample into `out`; a mask that is there already is left alone.
 
-    The network runs here; CRFs and files are left to `behind`, which is handed likely classes alone, while the network goes on to
-    the next image. On a CPU it is better to have as many images on their way as `behind` has processes, each on one core from the
-    network to its files.
+    The network runs here. `workers` receive the likely classes alone, run the CRF and write the files, while the network
+    computes the next image. On a CPU as many images are in flight as there are workers, each on one core from the network to
+    its files.
     """
     unlabelled: list[str] = []
 
     def missing() -> Iterator[DecodedSample]:
         for sample in samples:
-            if masks.is_made(out, sample.key, config.pseudo.soft):
+            if mask_folder.is_made(out, sample.key, config.pseudo.soft):
                 continue
             if config.pseudo.restrict_to_labels and not sample.classes:
                 unlabelled.append(sample.key)
@@ -58,10 +65,10 @@ def write_masks(
         found = likely(predictor, sample, config, say)
         return Unfinished(replace(sample, mask=None), found, predictor.num_classes, config, out)
 
-    if predictor.device.type == "cpu" and behind.processes > 1:
-        made = map_in_threads(lambda sample: behind.run(finish, unfinished(sample)), behind.processes, missing())
+    if predictor.device.type == "cpu" and workers.processes > 1:
+        made = map_in_threads(lambda sample: workers.run(finish, unfinished(sample)), workers.processes, missing())
     else:
-        made = behind.map(finish, map(unfinished, missing()))
+        made = workers.map(finish, map(unfinished, missing()))
     for quality in made:
         curves.add(quality)
     if unlabelled:
@@ -79,9 +86,9 @@ def run(config: Config, data: str, weights: Path, out: Path, shards: str | None 
 def write(task: Task, index: Index, part: str | None, weights: Path, out: Path) -> None:
     """Masks of the shards "A:B" by a task's network, into `out`; those that are there already are left alone."""
     config, entries = task.config, select_shards(index, part)
-    masks.claim(out, config, weights)
-    masks.remove_unfinished(out, entries)
-    missing = masks.missing(out, entries, config.pseudo.soft)
+    mask_folder.claim(out, config, weights)
+    mask_folder.remove_unfinished(out, entries)
+    missing = mask_folder.missing(out, entries, config.pseudo.soft)
     if not missing:
         return
     predictor = task.load(weights).predictor()
@@ -89,8 +96,8 @@ def write(task: Task, index: Index, part: str | None, weights: Path, out: Path) 
     board = task.run / "tensorboard" / out.name / ("" if part is None else f"shards-{part.replace(':', '-')}")
     curves = Curves(board, len(entries) - len(missing))
     try:
-        with Behind(config.pseudo.processes) as behind:
-            write_masks(predictor, config, tqdm(samples, "masks", unit=" images", disable=None), out, curves, behind)
+        with WorkerPool(config.pseudo.processes) as workers:
+            write_masks(predictor, config, tqdm(samples, "masks", unit=" images", disable=None), out, curves, workers)
     except NotFinite as error:
         raise ValueError(f"{weights}: {error}") from None
     finally:

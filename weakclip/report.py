@@ -18,9 +18,9 @@ from typing import NamedTuple
 from omegaconf import OmegaConf
 
 from weakclip import cli, labels
-from weakclip.paper import Cost, Method, Paper
-from weakclip.tables import Table
-from weakclip.tasks import ON_SEEDS
+from weakclip.evaluation.published import Cost, Method, Paper
+from weakclip.runtime.tables import Table
+from weakclip.training.jobs import ON_SEEDS
 
 NETWORKS = {"resnet38": "ResNet38", "segmenter": "DeiT-S", "segformer": "MiT-B2"}
 """Folder in RUN/retrain -> backbone, as the paper's tables name it."""

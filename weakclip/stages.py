@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from weakclip import masks
-from weakclip import run as runs
 from weakclip.config import Config, ConfigError
-from weakclip.data import writing
-from weakclip.data.shard import Index
-from weakclip.scores import Scored
-from weakclip.tasks import TASKS, Retrain
+from weakclip.data.index import Index
+from weakclip.datasets import writing
+from weakclip.evaluation.score_files import Scored
+from weakclip.masks import mask_folder
+from weakclip.runtime import run_dir as runs
+from weakclip.training.jobs import TASKS, Retrain
 
 
 class Progress(NamedTuple):
@@ -63,8 +63,8 @@ def best_weights(run: Path) -> Path | None:
 
 
 def _shards(config: Config, part: str | None) -> None:
-    from shards import build
-    from weakclip.data.stream import select_numbers
+    from weakclip.data.index import select_numbers
+    from weakclip.datasets import build
 
     options = build.of_recipe(config)
     if not _shards_progress(config, None).complete:
@@ -73,7 +73,7 @@ def _shards(config: Config, part: str | None) -> None:
 
 
 def _shards_progress(config: Config, _index: Index | None) -> Progress:
-    from shards import build
+    from weakclip.datasets import build
 
     if not config.data.build:
         raise ConfigError("data.build is empty: it says what the shards are made of, such as [voc, --devkit, DIR, ...]")
@@ -125,7 +125,8 @@ def making(name: str, data: str, run: Run, progress: Counted, gpus: bool = True,
 
 
 def _pseudo(config: Config, part: str | None) -> None:
-    from weakclip import pseudo, weights
+    from weakclip import pseudo
+    from weakclip.checkpoints import weights
 
     pseudo.run(config, config.data.train, weights.find(config, "best"), _masks(config), part)
 
@@ -134,13 +135,13 @@ def _pseudo_progress(config: Config, index: Index | None) -> Progress:
     folder = _masks(config)
     _refuse_others(folder, config)
     entries = index.entries if index else ()
-    return Progress(len(entries) - len(masks.missing(folder, entries, config.pseudo.soft)), len(entries), "images")
+    return Progress(len(entries) - len(mask_folder.missing(folder, entries, config.pseudo.soft)), len(entries), "images")
 
 
 def _refuse_others(folder: Path, config: Config) -> None:
     """Raises ConfigError where masks of other weights than the run's best, or of other options, are in the way."""
-    weights, earlier = best_weights(Path(config.run)), masks.read_about(folder)
-    if earlier is not None and (weights is None or earlier != masks.about(config, weights)):
+    weights, earlier = best_weights(Path(config.run)), mask_folder.read_about(folder)
+    if earlier is not None and (weights is None or earlier != mask_folder.about(config, weights)):
         raise ConfigError(
             f"{folder} holds masks of other weights or options (see {folder}/about.json); remove it or set run anew"
         )

@@ -36,10 +36,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from weakclip import config as configs
-from weakclip import run as runs
 from weakclip.config import Config, ConfigError
-from weakclip.files import write_whole
-from weakclip.tables import Table
+from weakclip.runtime import run_dir as runs
+from weakclip.runtime.atomic import write_whole
+from weakclip.runtime.tables import Table
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from weakclip import cli, evaluate, masks, pseudo
-from weakclip import weights as stored
+from weakclip import cli, evaluate, pseudo
+from weakclip.checkpoints import weights as stored
 from weakclip.config import Config, ConfigError
-from weakclip.data.shard import Entry, Index
-from weakclip.data.stream import load, open_index, select_shards
-from weakclip.files import whole
-from weakclip.scores import Scored
-from weakclip.tasks import Retrain
+from weakclip.data.index import Entry, Index, open_index, select_shards
+from weakclip.data.reading import load
+from weakclip.evaluation.score_files import Scored
+from weakclip.masks import mask_folder
+from weakclip.runtime.atomic import whole
+from weakclip.training.jobs import Retrain
 
 ARCHIVE = "results/VOC2012/Segmentation/comp6_test_cls"
 """Where the evaluation server of PASCAL VOC looks for masks (the development kit's documentation, section 4.2.2)."""
@@ -47,7 +48,7 @@ def write_archive(folder: Path, entries: Iterable[Entry], path: Path) -> None:
     """The masks of `entries` as the tar that VOC's evaluation server takes."""
     with whole(path) as unfinished, tarfile.open(unfinished, "x") as tar:
         for entry in entries:
-            masks.read(folder, entry.key)  # names a damaged one
+            mask_folder.read(folder, entry.key)  # names a damaged one
             png = (folder / f"{entry.key}.png").read_bytes()
             member = tarfile.TarInfo(f"{ARCHIVE}/{entry.key}.png")
             member.size = len(png)

@@ -16,15 +16,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from weakclip import cli, lock
-from weakclip import run as runs
-from weakclip.data.shard import Index
-from weakclip.data.stream import open_index, training_batches
-from weakclip.engine import Engine, World
-from weakclip.interrupt import Interrupted, Interruption, nothing_left_to_save
-from weakclip.monitor import Monitor
-from weakclip.tasks import TASKS, Task
-from weakclip.validation import validate
+from weakclip import cli
+from weakclip.data.index import Index, open_index
+from weakclip.data.stream import training_batches
+from weakclip.runtime import lock
+from weakclip.runtime import run_dir as runs
+from weakclip.runtime.signals import Interrupted, nothing_left_to_save
+from weakclip.training.engine import Engine, World
+from weakclip.training.interruption import Interruption
+from weakclip.training.jobs import TASKS, Task
+from weakclip.training.monitor import Monitor
+from weakclip.training.validation import validate
 
 
 def train(task: Task, world: World, resume: bool = False) -> Path:
@@ -51,7 +53,7 @@ def _train(task: Task, world: World, resume: bool) -> Path:
     monitor = Monitor(run, config, engine)
     interruption = Interruption()
     # Closing ends the loader's processes at once, not when Python comes to it.
-    stream = training_batches(index, config, engine.consumed, world.rank, world.ranks, mixed, task.target)
+    stream = training_batches(index, config, task.target, engine.consumed, world.rank, world.ranks, mixed)
     with closing(stream) as batches:
         while engine.step < config.train.steps:
             with monitor.waiting():

@@ -15,9 +15,9 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from shards import build
 from tests.integration.conftest import ENVIRONMENT, REPO, command
 from weakclip import config as configs
+from weakclip.datasets import build
 from weakclip.demo import world
 from weakclip.labels import class_names
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.integration.conftest import ENVIRONMENT, REPO, metrics
-from weakclip.data.shard import Index
+from weakclip.data.index import Index
 from weakclip.data.stream import StoredSamples
 
 SMALL = (

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from weakclip.data.stream import StoredSamples, open_index
+from weakclip.data.index import open_index
+from weakclip.data.stream import StoredSamples
 from weakclip.labels import DEMO
 
 SMALL = ("demo.size=8", "train.steps=2", "train.batch=2", "train.validate_images=1", "data.workers=0")

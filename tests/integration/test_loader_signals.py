@@ -14,11 +14,15 @@ PROGRAM = """
 import subprocess, sys
 import psutil
 from weakclip import config as configs
-from weakclip.data.stream import open_index, training_batches
+from functools import partial
+from weakclip.data.index import open_index
+from weakclip.data.stream import training_batches
+from weakclip.masks.seeds import seed_mask
 from weakclip.labels import class_names
 
 config = configs.load(sys.argv[1])
-batches = training_batches(open_index(config.data.train, class_names(config.classes)), config)
+index = open_index(config.data.train, class_names(config.classes))
+batches = training_batches(index, config, partial(seed_mask, config=config.seeds))
 next(batches)
 workers = [str(child.pid) for child in psutil.Process().children()]
 assert len(workers) == 2
@@ -41,11 +45,15 @@ while len(hit) < 3:
 EARLY = """
 import signal, subprocess, sys
 from weakclip import config as configs
-from weakclip.data.stream import open_index, training_batches
+from functools import partial
+from weakclip.data.index import open_index
+from weakclip.data.stream import training_batches
+from weakclip.masks.seeds import seed_mask
 from weakclip.labels import class_names
 
 config = configs.load(sys.argv[1])
-batches = training_batches(open_index(config.data.train, class_names(config.classes)), config)
+index = open_index(config.data.train, class_names(config.classes))
+batches = training_batches(index, config, partial(seed_mask, config=config.seeds))
 shooter = subprocess.Popen([sys.executable, "-c", sys.argv[2]], stdout=subprocess.PIPE)
 shooter.stdout.readline()
 print([next(batches).keys for _ in range(9)])
@@ -75,7 +83,7 @@ def test_a_signal_that_comes_after_the_work_does_not_make_it_a_failure():
     """Python gives signals their usual effect back as it ends, before the process has ended."""
     script = """
 import os, signal
-from weakclip.interrupt import SIGNALS, nothing_left_to_save
+from weakclip.runtime.signals import SIGNALS, nothing_left_to_save
 for number in SIGNALS:
     signal.signal(number, lambda *_: None)
 nothing_left_to_save()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from weakclip import rendezvous
+from weakclip.runtime import rendezvous
 
 pytest_plugins = ["tests.integration.slurm_cluster"]
 pytestmark = pytest.mark.slurm

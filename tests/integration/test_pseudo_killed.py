@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.integration.conftest import ENVIRONMENT, REPO, command
-from weakclip import weights as stored
+from weakclip.checkpoints import weights as stored
 
 IMAGES = 10
 OPTIONS = ("pseudo.scales=[0.5,1.0,1.5,2.0]", "pseudo.soft=true", "pseudo.processes=2", "data.scale=[512,256]")

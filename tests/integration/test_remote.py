@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from tests.integration.conftest import ENVIRONMENT
 from weakclip import evaluate
 from weakclip.config import Config, DataConfig
 from weakclip.data import storage
-from weakclip.data.shard import Index, ShardError, read_entry
+from weakclip.data.index import Index, ShardError, open_index
+from weakclip.data.reading import read_entry
 from weakclip.data.storage import Storage, StorageError
-from weakclip.data.stream import Batch, StoredSamples, open_index, training_batches
+from weakclip.data.stream import Batch, StoredSamples, training_batches
+from weakclip.masks.seeds import seed_mask
 
 NAMES = ("background", "cat", "dog", "cow")
 
@@ -81,7 +84,7 @@ def settings(tiny_config, tmp_path) -> Callable[..., Config]:
 
 
 def batches(index: Index, config: Config, count: int = 4) -> list[Batch]:
-    return list(islice(training_batches(index, config), count))
+    return list(islice(training_batches(index, config, partial(seed_mask, config=config.seeds)), count))
 
 
 def same(found: list[Batch], wanted: list[Batch]) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import REPO
-from weakclip.data.shard import Index
+from weakclip.data.index import Index
 
 pytest_plugins = ["tests.integration.slurm_cluster"]
 pytestmark = pytest.mark.slurm

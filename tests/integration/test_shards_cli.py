@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from weakclip.data.shard import Index, decode_sample, read_entry
-from weakclip.data.writing import build_shards
+from weakclip.data.index import Index
+from weakclip.data.reading import read_entry
+from weakclip.data.sample import decode_sample
+from weakclip.datasets.writing import build_shards
 from weakclip.labels import COCO
 
 REPO = Path(__file__).resolve().parents[2]

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import build, reshard, stats, verify
 from tests.integration.test_shards_cli import assert_one_line_error, run
-from weakclip.data.shard import Index, ShardError, decode_sample, read_entry
+from weakclip.data.index import Index, ShardError
+from weakclip.data.reading import read_entry
+from weakclip.data.sample import decode_sample
+from weakclip.datasets import build, reshard, stats, verify
 from weakclip.labels import COCO, VOC
 
 H, W = 40, 60

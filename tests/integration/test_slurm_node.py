@@ -11,7 +11,7 @@ import pytest
 from tests.integration.conftest import metrics
 from tests.integration.slurm_runs import losses
 from tests.integration.test_local_cluster import processes_of
-from weakclip.run import checkpoints
+from weakclip.runtime.run_dir import checkpoints
 
 pytest_plugins = ["tests.integration.slurm_runs"]
 pytestmark = pytest.mark.slurm

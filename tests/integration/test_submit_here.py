@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.integration.conftest import ENVIRONMENT, REPO
-from weakclip.run import checkpoints
+from weakclip.runtime.run_dir import checkpoints
 
 
 @pytest.fixture

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from shards import reshard
 from tests.integration.conftest import metrics
-from weakclip import cam, masks, test
+from weakclip import cam, test
 from weakclip import config as configs
-from weakclip.data.shard import Index, decode_sample, read_entry
-from weakclip.tasks import Classify, Retrain
+from weakclip.data.index import Index
+from weakclip.data.reading import read_entry
+from weakclip.data.sample import decode_sample
+from weakclip.datasets import reshard
+from weakclip.masks import mask_folder
+from weakclip.training.jobs import Classify, Retrain
 
 RETRAIN = (
     "retrain.network=segformer",
@@ -42,11 +45,11 @@ def begun(shards, tiny_config, tmp_path):
     config = tiny_config(f"data.train={shards.root}", f"data.val={shards.root}", *RETRAIN, *TESTED)
     weights = tmp_path / "weights"
     weights.write_bytes(b"1")
-    masks.claim(Path(config.run) / "pseudo", config, weights)
+    mask_folder.claim(Path(config.run) / "pseudo", config, weights)
     for entry in shards.entries:
         mask_HW = np.zeros((48, 64), np.uint8)
         mask_HW[:, :20] = 1
-        masks.save(mask_HW, Path(config.run) / "pseudo" / f"{entry.key}.png")
+        mask_folder.save(mask_HW, Path(config.run) / "pseudo" / f"{entry.key}.png")
     return config
 
 

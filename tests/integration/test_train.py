@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.integration.conftest import ENVIRONMENT, REPO, command, metrics
-from weakclip.data.shard import Index
+from weakclip.data.index import Index
 
 WITHOUT_CHANCE = ("matching.dropout=0", "decoder.dropout=0")
 EVERY_STEP = ("train.log_every=1", "optim.warmup=2", "optim.lr=1e-3")

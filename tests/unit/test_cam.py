@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from weakclip import cam, cli
+from weakclip.cams.texts import PromptedClip
 from weakclip.config import ConfigError, CrfConfig, SeedConfig
-from weakclip.data.shard import Cam, Index, Sample, decode_sample, read_entry
-from weakclip.data.stream import StoredSamples, cam_maps
-from weakclip.data.writing import Build
-from weakclip.prompts import PromptedClip
-from weakclip.seeds import refined_seed
-from weakclip.tasks import Refine
+from weakclip.data.index import Index
+from weakclip.data.reading import read_entry
+from weakclip.data.sample import Cam, Sample, decode_sample
+from weakclip.data.stream import StoredSamples
+from weakclip.datasets.writing import Build
+from weakclip.masks.seeds import cam_maps, refined_seed
+from weakclip.training.jobs import Refine
 
 NAMES = ("background", "cat", "dog", "cow")
 LABELS = [(1,), (1, 2), (), (2, 3), (1, 2, 3), (3,)]

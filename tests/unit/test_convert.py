@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from weakclip import convert, labels, weights
-from weakclip.archives import ArchiveError
-from weakclip.clip import FrozenClip, open_clip
+from weakclip import convert, labels
+from weakclip.checkpoints import weights
+from weakclip.checkpoints.weight_files import ArchiveError
 from weakclip.config import Config, ConfigError, MatchingConfig, load
 from weakclip.fidelity import Golden
-from weakclip.model import WeakCLIP
+from weakclip.models.clip import FrozenClip, open_clip
+from weakclip.models.weakclip import WeakCLIP
 
 
 @pytest.fixture(scope="module")

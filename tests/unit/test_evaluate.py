@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from weakclip import evaluate, masks
+from weakclip import evaluate
 from weakclip.config import ConfigError, save
-from weakclip.data.shard import Cam, Index
+from weakclip.data.index import Index
+from weakclip.data.sample import Cam
 from weakclip.data.stream import StoredSamples
-from weakclip.metrics import confusion
+from weakclip.evaluation.metrics import confusion
+from weakclip.masks import mask_folder
 
 NAMES = ("background", "cat", "dog", "cow")
 H, W = 48, 64
@@ -138,21 +140,21 @@ def test_a_mask_is_read_as_indices_whether_grey_or_palette(tmp_path):
     picture.putpalette([9] * 768)
     picture.save(tmp_path / "palette.png")
     for key in ("grey", "palette"):
-        np.testing.assert_array_equal(masks.read(tmp_path, key), TRUTH_HW * 3)
+        np.testing.assert_array_equal(mask_folder.read(tmp_path, key), TRUTH_HW * 3)
 
 
 def test_a_missing_damaged_or_coloured_mask_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"here.png: missing; write it with python -m weakclip.pseudo"):
-        masks.read(tmp_path, "here")
+        mask_folder.read(tmp_path, "here")
     Image.fromarray(TRUTH_HW).save(tmp_path / "here.png")
     data = (tmp_path / "here.png").read_bytes()
     for damaged in (data[: len(data) // 2], b"", b"no picture"):
         (tmp_path / "here.png").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"here.png: .*; remove it and run python -m weakclip.pseudo again"):
-            masks.read(tmp_path, "here")
+            mask_folder.read(tmp_path, "here")
     Image.new("RGB", (W, H)).save(tmp_path / "here.png")
     with pytest.raises(ValueError, match="here.png: a mask is an 8-bit palette or grey PNG, this is RGB"):
-        masks.read(tmp_path, "here")
+        mask_folder.read(tmp_path, "here")
 
 
 def test_masks_seeds_and_cams_of_a_set_are_scored(shards, tiny_config, tmp_path, capsys):

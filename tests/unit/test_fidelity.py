@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from weakclip import convert, fidelity
 from weakclip.config import LossConfig, load
-from weakclip.data.transforms import IMAGENET
-from weakclip.losses import boundary_loss, boundary_target, crf_images, seeding_loss
-from weakclip.model import WeakCLIP
+from weakclip.data.photometric import IMAGENET
+from weakclip.models.losses import boundary_loss, boundary_target, crf_images, seeding_loss
+from weakclip.models.weakclip import WeakCLIP
 
 # ------------------------------------------------------------------------------------------------------ the released code
 

@@ -6,8 +6,8 @@ import pytest
 from safetensors.torch import load_file
 
 from weakclip import labels
-from weakclip.clip import tokenize
 from weakclip.config import ConfigError
+from weakclip.models.clip import tokenize
 
 
 def test_coco_has_80_things_after_background_and_maps_every_id():

@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from weakclip import infer, labels, masks, pseudo
-from weakclip import weights as stored
-from weakclip.archives import ArchiveError
-from weakclip.behind import Behind
+from weakclip import labels, pseudo
+from weakclip.checkpoints import weights as stored
+from weakclip.checkpoints.weight_files import ArchiveError
 from weakclip.config import ConfigError, save
-from weakclip.data.shard import ShardError
+from weakclip.data.index import ShardError
 from weakclip.data.stream import StoredSamples
-from weakclip.quality import Curves
+from weakclip.masks import mask_folder, sliding_window
+from weakclip.masks.statistics import Curves
+from weakclip.runtime.workers import WorkerPool
 
 NO_CRF = "pseudo.crf=null"
 
@@ -102,41 +103,41 @@ def test_damaged_and_foreign_weights_are_refused(tiny_config, weights):
 
 def test_the_folder_notes_whose_masks_it_holds(tiny_config, weights, tmp_path):
     config = tiny_config()
-    masks.claim(tmp_path / "out", config, weights)
+    mask_folder.claim(tmp_path / "out", config, weights)
     about = json.loads((tmp_path / "out/about.json").read_text())
     assert about["scales"] == [1.0] and about["scale"] == [128, 64] and about["crf"]["bilateral_sxy"] == 83
-    masks.claim(tmp_path / "out", config, weights)  # the same again
+    mask_folder.claim(tmp_path / "out", config, weights)  # the same again
 
 
 @pytest.mark.parametrize(
     "override", ["pseudo.scales=[0.5]", NO_CRF, "pseudo.crf.iterations=3", "data.scale=[64,64]", "pseudo.flip=false"]
 )
 def test_masks_of_other_options_are_refused(tiny_config, weights, tmp_path, override):
-    masks.claim(tmp_path / "out", tiny_config(), weights)
+    mask_folder.claim(tmp_path / "out", tiny_config(), weights)
     with pytest.raises(ConfigError, match="out holds masks of other weights or options .*about.json.*; give another --out"):
-        masks.claim(tmp_path / "out", tiny_config(override), weights)
+        mask_folder.claim(tmp_path / "out", tiny_config(override), weights)
 
 
 def test_masks_of_other_weights_are_refused(tiny_config, tiny_model, weights, tmp_path):
-    masks.claim(tmp_path / "out", tiny_config(), weights)
+    mask_folder.claim(tmp_path / "out", tiny_config(), weights)
     stored.save(tiny_model(), weights, step=4)
     with pytest.raises(ConfigError, match="other weights or options"):
-        masks.claim(tmp_path / "out", tiny_config(), weights)
+        mask_folder.claim(tmp_path / "out", tiny_config(), weights)
 
 
 def test_a_folder_that_another_task_is_just_claiming_is_no_strangers(tiny_config, weights, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/about.json.deadbeef.partial").touch()
-    masks.claim(tmp_path / "out", tiny_config(), weights)
-    assert masks.read_about(tmp_path / "out") == masks.about(tiny_config(), weights)
+    mask_folder.claim(tmp_path / "out", tiny_config(), weights)
+    assert mask_folder.read_about(tmp_path / "out") == mask_folder.about(tiny_config(), weights)
 
 
 def test_a_folder_of_other_files_is_refused(tiny_config, weights, tmp_path):
     (tmp_path / "out").mkdir()
-    masks.claim(tmp_path / "out", tiny_config(), weights)  # empty: taken
+    mask_folder.claim(tmp_path / "out", tiny_config(), weights)  # empty: taken
     (tmp_path / "out/about.json").rename(tmp_path / "out/photo.png")
     with pytest.raises(ConfigError, match="out holds files that are no pseudo masks; give another --out"):
-        masks.claim(tmp_path / "out", tiny_config(), weights)
+        mask_folder.claim(tmp_path / "out", tiny_config(), weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------- masks
@@ -145,7 +146,7 @@ def test_a_folder_of_other_files_is_refused(tiny_config, weights, tmp_path):
 def mask_of(probs_KHW, monkeypatch, config, classes=(1,)) -> np.ndarray:
     H, W = probs_KHW.shape[1:]
     sample = SimpleNamespace(key="made up", image=np.full((H, W, 3), 128, np.uint8), classes=classes)
-    monkeypatch.setattr(infer, "predict_tiles", lambda *_: [[torch.tensor(probs_KHW)]])
+    monkeypatch.setattr(sliding_window, "predict_tiles", lambda *_: [[torch.tensor(probs_KHW)]])
     return pseudo.pseudo_mask(None, sample, config)
 
 
@@ -183,7 +184,7 @@ def test_masks_of_a_set_are_palette_pictures_of_the_images_sizes(tiny_config, ti
     rng = np.random.default_rng(0)
     image_HW3 = rng.integers(0, 256, (48, 64, 3), np.uint8)  # image_0
     image_HW3[0, 0] = 0
-    want_HW = infer.predict(tiny_model().predictor(), image_HW3, config.pseudo, config.data.scale).argmax(0).numpy()
+    want_HW = sliding_window.predict(tiny_model().predictor(), image_HW3, config.pseudo, config.data.scale).argmax(0).numpy()
     with Image.open(out / "image_0.png") as picture:
         assert picture.mode == "P" and picture.getpalette()[:768] == labels.palette()
         np.testing.assert_array_equal(np.asarray(picture), want_HW)
@@ -203,7 +204,7 @@ def test_a_mask_that_another_job_wrote_meanwhile_is_kept(tiny_config, tiny_model
     samples = [*StoredSamples(shards, shards.entries, 0)]
     (tmp_path / "image_1.png").write_bytes(b"kept")
     curves = Curves(tmp_path / "board", 0)
-    pseudo.write_masks(tiny_model().predictor(), tiny_config(NO_CRF), samples, tmp_path, curves, Behind(0))
+    pseudo.write_masks(tiny_model().predictor(), tiny_config(NO_CRF), samples, tmp_path, curves, WorkerPool(0))
     assert len(written(tmp_path)) == 3 and written(tmp_path)["image_1.png"] == b"kept"
 
 

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from weakclip import infer, masks, pseudo
-from weakclip import weights as stored
+from weakclip import pseudo
+from weakclip.checkpoints import weights as stored
+from weakclip.masks import mask_folder, sliding_window
 from weakclip.stages import STAGES
 
 NO_CRF = "pseudo.crf=null"
@@ -47,7 +48,7 @@ def test_four_tasks_write_the_bytes_of_one_whatever_is_there_already(tiny_config
 def test_a_stop_between_two_masks_is_made_up_for(tiny_config, weights, shards, tmp_path, monkeypatch):
     config = tiny_config(*SCALES)
     alone = pseudo.run(config, str(shards.root), weights, tmp_path / "alone")
-    save, saved = masks.save, []
+    save, saved = mask_folder.save, []
 
     def stop_at_the_third(mask_HW, path):
         if len(saved) == 2:
@@ -55,11 +56,11 @@ def test_a_stop_between_two_masks_is_made_up_for(tiny_config, weights, shards, t
         save(mask_HW, path)
         saved.append(path)
 
-    monkeypatch.setattr(masks, "save", stop_at_the_third)
+    monkeypatch.setattr(mask_folder, "save", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         pseudo.run(config, str(shards.root), weights, tmp_path / "out")
     assert len([*(tmp_path / "out").glob("*.png")]) == 2
-    monkeypatch.setattr(masks, "save", save)
+    monkeypatch.setattr(mask_folder, "save", save)
     assert written(pseudo.run(config, str(shards.root), weights, tmp_path / "out")) == written(alone)
 
 
@@ -77,7 +78,7 @@ def test_soft_probabilities_are_those_of_the_occurring_classes(tiny_config, tiny
     out = pseudo.run(config, str(shards.root), weights, tmp_path / "out")
     image_HW3 = np.random.default_rng(3).integers(0, 256, (70, 90, 3), np.uint8)
     image_HW3[0, 0] = 3
-    want_KHW = infer.predict(tiny_model().predictor(), image_HW3, config.pseudo, config.data.scale).numpy()
+    want_KHW = sliding_window.predict(tiny_model().predictor(), image_HW3, config.pseudo, config.data.scale).numpy()
     with np.load(out / "image_3.npz") as found:
         assert found["classes"].tolist() == np.unique(want_KHW.argmax(0)).tolist()
         assert found["probs"].dtype == np.uint8
@@ -97,7 +98,7 @@ def test_images_without_labels_are_background_and_named_once(tiny_config, weight
     unlabelled = make_shards(tmp_path / "set", 12, 12, classes=(), cam=None, seed=None, mask=None)
     config = tiny_config(NO_CRF, "pseudo.restrict_to_labels=true")
     out = pseudo.run(config, str(unlabelled.root), weights, tmp_path / "out")
-    assert not any(masks.read(out, f"image_{n}").any() for n in range(12))
+    assert not any(mask_folder.read(out, f"image_{n}").any() for n in range(12))
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
     assert "12 images have no label" in line and "image_0, image_1" in line and line.endswith("image_9, ...")
 
@@ -136,13 +137,13 @@ def test_an_image_too_large_is_done_in_parts_and_said_to_be(tiny_config, weights
     def too_large(*_arguments):
         raise error
 
-    monkeypatch.setattr(infer, "predict_tiles", too_large)
+    monkeypatch.setattr(sliding_window, "predict_tiles", too_large)
     out = pseudo.run(config, str(shards.root), weights, tmp_path / "out", "0")
     one, strips, *_ = capsys.readouterr().err.splitlines()
     assert one == "image_0: 70 x 90 pixels do not fit into memory; trying again with one window at a time"
     assert strips == "image_0: 70 x 90 pixels do not fit into memory; trying again strip by strip"
     for key in ("image_0", "image_1"):
-        assert (masks.read(out, key) == np.array(Image.open(tmp_path / "want" / f"{key}.png"))).mean() > 0.999
+        assert (mask_folder.read(out, key) == np.array(Image.open(tmp_path / "want" / f"{key}.png"))).mean() > 0.999
     assert {*written(out)} == {name for name in want if "_0" in name or "_1" in name}
 
 
@@ -150,8 +151,8 @@ def test_an_image_too_large_even_in_parts_is_an_error_that_names_it(tiny_config,
     def too_large(*_arguments):
         raise MemoryError
 
-    monkeypatch.setattr(infer, "predict_tiles", too_large)
-    monkeypatch.setattr(infer, "predict_in_strips", too_large)
+    monkeypatch.setattr(sliding_window, "predict_tiles", too_large)
+    monkeypatch.setattr(sliding_window, "predict_in_strips", too_large)
     with pytest.raises(ValueError, match="image_0: 70 x 90 pixels do not fit into memory, not even strip by strip"):
         pseudo.run(tiny_config(), str(shards.root), weights, tmp_path / "out")
 
@@ -160,7 +161,7 @@ def test_other_errors_of_the_network_are_not_taken_for_want_of_memory(tiny_confi
     def wrong(*_arguments):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(infer, "predict_tiles", wrong)
+    monkeypatch.setattr(sliding_window, "predict_tiles", wrong)
     with pytest.raises(RuntimeError, match="shapes"):
         pseudo.run(tiny_config(), str(shards.root), weights, tmp_path / "out")
 
@@ -178,9 +179,11 @@ def test_curves_and_the_last_line_say_how_it_went(tiny_config, weights, make_sha
     assert 0 < board.Scalars("entropy")[0].value <= np.log(4)
     seed_HW = np.zeros((48, 64), np.uint8)
     seed_HW[:, :32] = 1
-    agreements = [100 * (masks.read(out, f"image_{n}") == seed_HW).mean() for n in range(25)]
+    agreements = [100 * (mask_folder.read(out, f"image_{n}") == seed_HW).mean() for n in range(25)]
     assert board.Scalars("seed_agreement_percent")[0].value == pytest.approx(np.mean(agreements[:20]), abs=1e-3)
-    shares = np.mean([np.bincount(masks.read(out, f"image_{n}").ravel(), minlength=4) for n in range(20, 25)], axis=0) / 48 / 64
+    shares = (
+        np.mean([np.bincount(mask_folder.read(out, f"image_{n}").ravel(), minlength=4) for n in range(20, 25)], axis=0) / 48 / 64
+    )
     assert board.Histograms("classes")[1].histogram_value.bucket == pytest.approx(shares.tolist(), abs=1e-6)
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("25 masks, ") and last.endswith(f"{np.mean(agreements):.1f} % of seeded pixels agree on average")

@@ -11,13 +11,13 @@ import pytest
 
 from weakclip import report
 from weakclip.config import load, save
+from weakclip.evaluation.metrics import Scores
+from weakclip.evaluation.published import Paper
 from weakclip.labels import COCO, VOC
-from weakclip.metrics import Scores
-from weakclip.model import parameter_counts
-from weakclip.monitor import Monitor
-from weakclip.paper import Paper
+from weakclip.models.weakclip import parameter_counts
+from weakclip.runtime.tables import Table
 from weakclip.sweep import Sweep
-from weakclip.tables import Table
+from weakclip.training.monitor import Monitor
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from weakclip import config as configs
-from weakclip import masks
 from weakclip.config import ConfigError
-from weakclip.data.shard import Index
-from weakclip.metrics import Counts
-from weakclip.scores import Scored
+from weakclip.data.index import Index
+from weakclip.evaluation.metrics import Counts
+from weakclip.evaluation.score_files import Scored
+from weakclip.masks import mask_folder
 from weakclip.stages import STAGES, chain, is_made
 
 
@@ -44,8 +44,8 @@ def test_masks_are_counted_if_they_are_of_these_weights_and_options(begun, tiny_
     config, index, run = begun
     assert STAGES["pseudo"].progress(config, index).done == 0
     (run / "weights" / "last.safetensors").write_bytes(b"1")
-    masks.claim(run / "pseudo", config, run / "weights" / "last.safetensors")
-    masks.save(np.zeros((48, 64), np.uint8), run / "pseudo" / "image_3.png")
+    mask_folder.claim(run / "pseudo", config, run / "weights" / "last.safetensors")
+    mask_folder.save(np.zeros((48, 64), np.uint8), run / "pseudo" / "image_3.png")
     assert str(STAGES["pseudo"].progress(config, index)) == "1/7 images"
     (run / "weights" / "best.safetensors").write_bytes(b"2")
     with pytest.raises(ConfigError, match="pseudo holds masks of other weights or options .*remove it or set run anew"):
@@ -56,7 +56,7 @@ def test_scores_are_counted_by_shards(begun):
     config, index, run = begun
     assert str(STAGES["evaluate"].progress(config, index)) == "0/3 shards"
     (run / "weights" / "last.safetensors").write_bytes(b"1")
-    masks.claim(run / "pseudo", config, run / "weights" / "last.safetensors")
+    mask_folder.claim(run / "pseudo", config, run / "weights" / "last.safetensors")
     Scored.pseudo(run).write_counts("shard-00001.tar", Counts.zero(4))
     assert str(STAGES["evaluate"].progress(config, index)) == "1/3 shards"
 

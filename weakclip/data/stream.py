@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,15 +13,13 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from weakclip.config import Config, DataConfig, SeedConfig
+from weakclip.config import Config
 from weakclip.data import plan, transforms
-from weakclip.data.shard import DecodedSample, Entry, Index, OpenSample, ShardError, decode_sample, open_sample, read_entry
+from weakclip.data.index import Entry, Index, ShardError
+from weakclip.data.reading import load, read_and_decode
+from weakclip.data.sample import DecodedSample, OpenSample, open_sample
 from weakclip.data.storage import StorageError
-from weakclip.interrupt import held_back, obey_only_the_parent
-from weakclip.labels import check_same
-from weakclip.seeds import cam_to_seed
-
-T = TypeVar("T")
+from weakclip.runtime.signals import held_back, obey_only_the_parent
 
 
 class Batch(NamedTuple):
@@ -33,49 +31,9 @@ class Batch(NamedTuple):
     labels: Tensor
     """uint8 B x K: 1 for each class that the whole image has."""
     photometric: Tensor
-    """float32 B x 5: the draws that transforms.distort applies."""
+    """float32 B x 5: the draws that photometric.distort applies."""
     bad: list[str]
     """What was wrong with samples that were skipped on the way, one line each."""
-
-
-def open_index(path: str, class_names: Sequence[str], options: DataConfig | None = None) -> Index:
-    """The shard set at `path`, a directory or a URL read as `options` say, whose class list must be `class_names`."""
-    index = Index.load(path, options)
-    check_same(class_names, index.classes, str(index.storage))
-    return index
-
-
-def load(index: Index, entry: Entry) -> DecodedSample:
-    """One sample, by one seek and one read. Raises ShardError when it is damaged, StorageError when a URL cannot be read."""
-    return _read(index, entry, lambda parts: decode_sample(parts, entry, len(index.classes)))
-
-
-def _read(index: Index, entry: Entry, decode: Callable[[dict[str, bytes]], T]) -> T:
-    try:
-        return decode(read_entry(index, entry))
-    except ShardError:
-        if index.storage.checked:
-            raise
-    return decode(read_entry(index, entry))  # the network may have changed it
-
-
-def cam_maps(sample: DecodedSample | OpenSample) -> np.ndarray:
-    """The sample's activation maps at the image's size, float32 n x H x W in 0..1. Raises ShardError where it has none."""
-    H, W = sample.size
-    if sample.cam is None:
-        if sample.classes:
-            raise ShardError(f"{sample.key}: neither CAM nor seed; build the shards with --cams")
-        return np.zeros((0, H, W), np.float32)
-    maps_nHW = [transforms.resize_image(map_hw.astype(np.float32) / 255, (H, W)) for map_hw in sample.cam.maps_nhw]
-    return np.stack(maps_nHW) if maps_nHW else np.zeros((0, H, W), np.float32)
-
-
-def seed_mask(sample: DecodedSample | OpenSample, config: SeedConfig) -> np.ndarray:
-    """The sample's own seed mask, or the one its CAM gives: uint8 H x W."""
-    if sample.seed is not None:
-        return sample.seed
-    classes = sample.cam.classes if sample.cam else ()
-    return cam_to_seed(cam_maps(sample), classes, config.background, config.foreground)
 
 
 class Candidate(NamedTuple):
@@ -142,7 +100,7 @@ class TrainingSamples(IterableDataset[dict[str, Any]]):
         for index, entry, key in candidates:
             try:
                 augmented = partial(self._augmented, entry, len(index.classes), key)
-                return {"key": entry.key, **_read(index, entry, augmented), "bad": bad}
+                return {"key": entry.key, **read_and_decode(index, entry, augmented), "bad": bad}
             except ShardError as error:
                 bad.append(str(error))
                 if len(bad) > self.config.data.max_bad_samples:
@@ -184,17 +142,17 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
 def training_batches(
     index: Index,
     config: Config,
+    target: Callable[[OpenSample], np.ndarray],
     consumed: int = 0,
     rank: int = 0,
     ranks: int = 1,
     mixed: Sequence[Index] = (),
-    target: Callable[[OpenSample], np.ndarray] | None = None,
 ) -> Generator[Batch]:
     """Endless micro-batches of one rank, going on after `consumed` samples of the whole run.
 
-    mixed: the further sets that `data.mix` weighs, in its order. target: as of TrainingSamples (default: the seed mask).
+    target: as of TrainingSamples. mixed: the sets that `data.mix` weighs, in its order.
     """
-    samples = TrainingSamples((index, *mixed), config, consumed, rank, ranks, target or partial(seed_mask, config=config.seeds))
+    samples = TrainingSamples((index, *mixed), config, consumed, rank, ranks, target)
     pipeline = wds.DataPipeline(samples, wds.batched(config.train.batch, collation_fn=collate, partial=False))
     workers = config.data.workers
     loader = DataLoader(
@@ -250,25 +208,3 @@ def _unwrapped(loader: DataLoader[Any]) -> Generator[Any]:
         yield from iterator
     except (ShardError, StorageError) as error:
         raise type(error)(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from None
-
-
-def select_shards(index: Index, subset: str | None) -> list[Entry]:
-    """Samples of the shards that `subset` picks: null for all, "3" for one, "0:8" for a range counted like Python's.
-
-    Raises ValueError when it is none of these or picks nothing.
-    """
-    numbers = select_numbers(len(index.shards), subset, str(index.storage))
-    return [entry for number in numbers for entry in index.shards[number].samples]
-
-
-def select_numbers(shards: int, subset: str | None, what: str) -> range:
-    """Which of so many shards `subset` picks, as `select_shards` does. what: the name of their set, for the error."""
-    every = range(shards)
-    try:
-        first, *rest = (int(part) if part else None for part in (":" if subset is None else subset).split(":"))
-        chosen = every[slice(first, *rest)] if rest else range(every[first], every[first] + 1)  # type: ignore[index]
-    except (ValueError, IndexError, TypeError):
-        chosen = range(0)
-    if not chosen:
-        raise ValueError(f"--shards {subset}: {what} has shards 0..{shards - 1}; write 3 for one, 0:8 for a range")
-    return chosen

@@ -1,6 +1,6 @@
-"""Augmentation: what is drawn depends on the sample's generator alone; what is done to the image is done to its seeds.
+"""Geometric augmentation, in the loader, on 8-bit arrays: random resize, crop, flip and pad.
 
-Geometry runs in the loader on 8-bit arrays, photometric distortion on the device, on the whole batch.
+What is drawn depends on the sample's random generator alone. Image and seed get the same transform.
 """
 
 from __future__ import annotations
@@ -12,33 +12,9 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import torch
-from torch import Tensor
 
 from weakclip.config import AugmentConfig
 from weakclip.labels import IGNORE
-
-
-class Normalisation(NamedTuple):
-    """Mean and deviation of R, G, B on 0..255."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def apply(self, x_B3HW: Tensor) -> Tensor:
-        mean, std = (x_B3HW.new_tensor(values).view(3, 1, 1) for values in self)
-        return (x_B3HW - mean) / std
-
-    def undo(self, x_B3HW: Tensor) -> Tensor:
-        mean, std = (x_B3HW.new_tensor(values).view(3, 1, 1) for values in self)
-        return x_B3HW * std + mean
-
-
-IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-NORMALISATIONS = {
-    "imagenet": IMAGENET,
-    "clip": Normalisation((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),
-}
 
 Size = tuple[int, int]
 """H, W in pixels."""
@@ -191,34 +167,3 @@ def draw_photometric(rng: np.random.Generator) -> np.ndarray:
     brightness, contrast, saturation, hue, *coins = rng.random(9).tolist()
     values = 64 * brightness - 32, contrast + 0.5, saturation + 0.5, 2 * (int(36 * hue) - 18), 1
     return np.array([value * (coin < 0.5) for value, coin in zip(values, coins, strict=True)], np.float32)
-
-
-def distort(images_B3HW: Tensor, draws_B5: Tensor) -> Tensor:
-    """8-bit images -> float images in 0..255.
-
-    Brightness, contrast, saturation, hue, with contrast before or after the last two (mmseg's PhotoMetricDistortion).
-    """
-    brightness, contrast, saturation, hue, last = draws_B5[:, :, None, None, None].unbind(1)
-    contrast, saturation = contrast.where(contrast != 0, 1.0), saturation.where(saturation != 0, 1.0)
-    x_B3HW = images_B3HW.to(torch.float32, memory_format=torch.contiguous_format)  # the loader leaves colours together
-    x_B3HW = (x_B3HW + brightness).clamp(0, 255)
-    x_B3HW = (x_B3HW * contrast.where(last == 0, 1.0)).clamp(0, 255)
-    x_B3HW = _shift_hue_and_saturation(x_B3HW, saturation, hue)
-    return (x_B3HW * contrast.where(last == 1, 1.0)).clamp(0, 255)
-
-
-def _shift_hue_and_saturation(rgb_B3HW: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-    """In HSV: saturation is scaled (and clipped to 1), hue is turned by degrees."""
-    value_B1HW, low_B1HW = rgb_B3HW.amax(1, keepdim=True), rgb_B3HW.amin(1, keepdim=True)
-    chroma_B1HW = (value_B1HW - low_B1HW).clamp(min=1e-6)
-    red, green, blue = rgb_B3HW.split(1, dim=1)
-    sector_B1HW = torch.where(
-        value_B1HW == red,
-        (green - blue) / chroma_B1HW,
-        torch.where(value_B1HW == green, 2 + (blue - red) / chroma_B1HW, 4 + (red - green) / chroma_B1HW),
-    )
-    turned_B1HW = sector_B1HW + hue / 60
-    new_chroma_B1HW = torch.minimum((value_B1HW - low_B1HW) * saturation, value_B1HW)
-    # RGB from HSV without branches: f(n) = V - C * max(0, min(k, 4 - k, 1)), k = (n + H / 60) mod 6, n = 5, 3, 1.
-    k_B3HW = (torch.tensor([5.0, 3.0, 1.0], device=rgb_B3HW.device).view(3, 1, 1) + turned_B1HW) % 6
-    return value_B1HW - new_chroma_B1HW * torch.minimum(k_B3HW, 4 - k_B3HW).clamp(0, 1)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from weakclip import cli
 from weakclip.config import ConfigError
 from weakclip.demo import world
+from weakclip.demo.image_pool import Captions
 from weakclip.demo.pretraining import pretrain
-from weakclip.demo.supply import Captions
 from weakclip.labels import DEMO
 
 THINGS = (*DEMO[1:], *world.CLUTTER)

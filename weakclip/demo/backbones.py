@@ -25,15 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weakclip import cli
-from weakclip.clip import load_clip
 from weakclip.config import ClipConfig
 from weakclip.demo import world
 from weakclip.demo.clip import encode_patches
+from weakclip.demo.image_pool import BACKBONE_SEED, Captions, network_input
 from weakclip.demo.pretraining import pretrain
-from weakclip.demo.supply import BACKBONE_SEED, Captions, network_input
+from weakclip.models.clip import load_clip
 from weakclip.networks import NETWORKS
 from weakclip.networks.resnet38 import Trunk
-from weakclip.torchvision_ops import declare_missing
+from weakclip.runtime.torchvision_ops import declare_missing
 
 declare_missing()
 

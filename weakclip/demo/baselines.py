@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from weakclip.config import CrfConfig
-from weakclip.data.shard import DecodedSample, Index
-from weakclip.data.stream import cam_maps
+from weakclip.data.index import Index
+from weakclip.data.sample import DecodedSample
 from weakclip.evaluate import best_cam_threshold, cam_crf_counts
-from weakclip.seeds import refined_cam
+from weakclip.masks.seeds import cam_maps, refined_cam
 
 COLOUR_TOLERANCES = (3.0, 5.0, 8.0, 13.0)
 """Of the bilateral kernel, in grey values: how different pixels may be that belong together. Published: 5 for VOC, 3 for COCO."""

@@ -33,15 +33,15 @@ from torch import Tensor, nn
 
 from weakclip import cli
 from weakclip.config import ClipConfig
-from weakclip.data.transforms import IMAGENET
+from weakclip.data.photometric import IMAGENET
 from weakclip.demo import world
 from weakclip.demo.annotator import NOUNS, Annotator, load, multi_hot
-from weakclip.demo.beginning import SelfAttention, begin_near
-from weakclip.demo.state import State
-from weakclip.demo.supply import PROBE_SEED, TEST_SEED, TRAIN_SEED, Captions, Pool, clock, drawing_process, network_input
+from weakclip.demo.image_pool import PROBE_SEED, TEST_SEED, TRAIN_SEED, Captions, Pool, clock, drawing_process, network_input
+from weakclip.demo.mimetic_init import SelfAttention, begin_near
+from weakclip.demo.resumable import State
+from weakclip.evaluation.metrics import Scores, confusion
 from weakclip.labels import DEMO
-from weakclip.metrics import Scores, confusion
-from weakclip.pretrained import load_clip, open_clip, pack_tokens
+from weakclip.models.pretrained import load_clip, open_clip, pack_tokens
 
 # Shapes: B pictures, R regions (a picture, or one part of a mosaic), L patches, U phrases, N tokens of a text, E
 # embedding, D width, K classes, h x w the patch grid.

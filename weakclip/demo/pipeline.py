@@ -12,21 +12,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from weakclip import cam, labels, masks, pictures, pseudo, weights
-from weakclip import run as runs
+from weakclip import cam, labels, pseudo
+from weakclip.checkpoints import weights
 from weakclip.config import Config, CrfConfig
-from weakclip.data.shard import DecodedSample, Index, Sample
-from weakclip.data.stream import StoredSamples, cam_maps, open_index
-from weakclip.data.writing import build_shards
+from weakclip.data.index import Index, open_index
+from weakclip.data.sample import DecodedSample, Sample
+from weakclip.data.stream import StoredSamples
+from weakclip.datasets.writing import build_shards
 from weakclip.demo import world
 from weakclip.demo.baselines import Baselines
-from weakclip.engine import World
 from weakclip.evaluate import count, score, truth
-from weakclip.files import write_whole
+from weakclip.evaluation import visualize
+from weakclip.masks import mask_folder
+from weakclip.masks.seeds import cam_maps
+from weakclip.runtime import run_dir as runs
+from weakclip.runtime.atomic import write_whole
+from weakclip.runtime.tables import Table
 from weakclip.sweep import spread
-from weakclip.tables import Table
-from weakclip.tasks import Refine
 from weakclip.train import train
+from weakclip.training.engine import World
+from weakclip.training.jobs import Refine
 
 SWEEP = Path(__file__).parents[1] / "assets" / "demo_seeds.json"
 """Scores of the runs of configs/sweeps/seeds.yaml: python -m weakclip.sweep configs/sweeps/seeds.yaml --json FILE"""
@@ -80,10 +85,10 @@ def mask_scores(config: Config, index: Index, folder: Path, row: str) -> dict[st
     pseudo.run(settings, str(index.root), weights.find(config, "last"), refined)
     plain.mkdir(exist_ok=True)
     for entry in index.entries:
-        masks.save(masks.read_soft(refined, entry.key), plain / f"{entry.key}.png")
+        mask_folder.save(mask_folder.read_soft(refined, entry.key), plain / f"{entry.key}.png")
 
     def miou(out: Path) -> float:
-        return 100 * score(_samples(config, index), lambda sample: masks.read(out, sample.key), index.classes).miou
+        return 100 * score(_samples(config, index), lambda sample: mask_folder.read(out, sample.key), index.classes).miou
 
     return {row: miou(plain), f"{row}_crf": miou(refined)}
 
@@ -152,13 +157,13 @@ def draw(config: Config, index: Index, baselines: Baselines, made: Path, each: i
     rows = []
     for miou, number in chosen:
         sample = next(iter(StoredSamples(index, index.entries[number : number + 1], workers=0)))
-        refined = masks.read(made.with_name(f"{made.name}_crf"), sample.key)
-        coloured = [baselines.refined(sample), masks.read(made, sample.key), refined, truth(sample)]
-        found = [sample.image, pictures.heat(sample.image, cam_maps(sample)), *map(pictures.colour_mask, coloured)]
-        rows.append(pictures.Row(f"{sample.key}  {miou:.0f} %", sample.classes, found))
-    return pictures.sheet(rows, index.classes, ("image", "CAM", "CAM + CRF", "WeakCLIP", "WeakCLIP + CRF", "exact mask"))
+        refined = mask_folder.read(made.with_name(f"{made.name}_crf"), sample.key)
+        coloured = [baselines.refined(sample), mask_folder.read(made, sample.key), refined, truth(sample)]
+        found = [sample.image, visualize.heat(sample.image, cam_maps(sample)), *map(visualize.colour_mask, coloured)]
+        rows.append(visualize.Row(f"{sample.key}  {miou:.0f} %", sample.classes, found))
+    return visualize.sheet(rows, index.classes, ("image", "CAM", "CAM + CRF", "WeakCLIP", "WeakCLIP + CRF", "exact mask"))
 
 
 def _own_score(sample: DecodedSample, made: Path) -> float:
     """mIoU (%) of one image's mask over the classes that are in it or in its mask."""
-    return 100 * count([sample], lambda sample: masks.read(made, sample.key), len(labels.DEMO)).scores(labels.DEMO).miou
+    return 100 * count([sample], lambda sample: mask_folder.read(made, sample.key), len(labels.DEMO)).scores(labels.DEMO).miou

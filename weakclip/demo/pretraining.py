@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from weakclip.demo import supply
-from weakclip.demo.state import State
-from weakclip.demo.supply import Captions, Pool
+from weakclip.demo import image_pool
+from weakclip.demo.image_pool import Captions, Pool
+from weakclip.demo.resumable import State
 
 PEAK_LR = 1e-3
 
@@ -31,10 +31,10 @@ def pretrain(name: str, networks: Mapping[str, nn.Module], loss_of: Loss, steps:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.05)
     kept = State(state, {**networks, "optimizer": optimizer, "schedule": schedule})
     first = int(kept.restore().get("step", 0))
-    with supply.drawing_process() as worker:
+    with image_pool.drawing_process() as worker:
         drawn = _batches(worker, first, steps, round(close_ups * steps))
         for step, (images, captions) in (bar := tqdm(drawn, name, steps, initial=first, unit="step", disable=None)):
-            loss = loss_of(supply.network_input(images), captions)
+            loss = loss_of(image_pool.network_input(images), captions)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -49,7 +49,7 @@ def _batches(
     worker: ProcessPoolExecutor, first: int, steps: int, close_ups: int
 ) -> Iterator[tuple[int, tuple[np.ndarray, list[Captions]]]]:
     """Number, pictures and captions of each step that is left. After an interruption the pictures are new ones."""
-    rng, series = np.random.default_rng(first), supply.BACKBONE_SEED + first
+    rng, series = np.random.default_rng(first), image_pool.BACKBONE_SEED + first
     if first < close_ups:
         pool = Pool(worker, series, 96, True, fresh=4)
         for step in range(first, close_ups):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from weakclip import archives
+from weakclip.checkpoints import weight_files
 from weakclip.config import ConfigError
-from weakclip.data.transforms import IMAGENET, Normalisation
+from weakclip.data.photometric import IMAGENET, Normalisation
 
 CURE = "the file must be of the backbone that was asked for"
 
@@ -46,7 +46,7 @@ def read_backbone(path: Path, *classifiers: str) -> dict[str, Tensor]:
             raise ConfigError(f"pretrained: {path} holds neither model.safetensors nor pytorch_model.bin")
         path = files[0]
     try:
-        tensors = archives.read(path).tensors
-    except archives.ArchiveError as error:
+        tensors = weight_files.read(path).tensors
+    except weight_files.ArchiveError as error:
         raise ConfigError(f"pretrained: {error}") from error
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(classifiers)}

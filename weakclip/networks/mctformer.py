@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weakclip import archives, fit, gradcam
+from weakclip.cams import gradcam
+from weakclip.checkpoints import state_dict, weight_files
 from weakclip.config import ConfigError
 from weakclip.data.transforms import Size
-from weakclip.torchvision_ops import declare_missing
+from weakclip.runtime.torchvision_ops import declare_missing
 
 declare_missing()
 
@@ -126,8 +127,8 @@ class MCTformer(nn.Module):
         Raises ConfigError naming the file when it cannot be read, or lacks a tensor or has one that this network has not.
         """
         try:
-            tensors = archives.read(path).tensors
-        except archives.ArchiveError as error:
+            tensors = weight_files.read(path).tensors
+        except weight_files.ArchiveError as error:
             raise ConfigError(str(error)) from error
         found = {name: tensor for name, tensor in tensors.items() if not name.startswith(("head.", "norm."))}
         if "pos_embed" in found:
@@ -136,7 +137,7 @@ class MCTformer(nn.Module):
         own = self.state_dict()
         head = {name: own.pop(name) for name in ("head.weight", "head.bias")}
         own |= {"cls_token": own["cls_token"][:, :1], "pos_embed": own["pos_embed"][:, C - 1 :]}
-        fit.check_fit(own, found, str(path), "take ImageNet weights of this backbone, without a distillation token")
+        state_dict.check_fit(own, found, str(path), "take ImageNet weights of this backbone, without a distillation token")
         for name in ("cls_token", "pos_embed"):
             found[name] = torch.cat([found[name][:, :1].expand(1, C, D), found[name][:, 1:]], 1)
         self.load_state_dict(found | head)

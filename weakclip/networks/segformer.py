@@ -15,9 +15,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from weakclip import fit
+from weakclip.checkpoints import state_dict
 from weakclip.networks.base import CURE, Network, read_backbone
-from weakclip.torchvision_ops import declare_missing
+from weakclip.runtime.torchvision_ops import declare_missing
 
 declare_missing()
 
@@ -90,7 +90,7 @@ class SegFormer(Network):
         found = {name.removeprefix("segformer."): tensor for name, tensor in read_backbone(path, "classifier.").items()}
         if hasattr(encoder, "stages"):
             found = {_renamed(name): tensor for name, tensor in found.items()}
-        fit.load_into(encoder, found, f"pretrained: {path}", CURE)
+        state_dict.load_into(encoder, found, f"pretrained: {path}", CURE)
 
 
 def _renamed(name: str) -> str:

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weakclip import fit
+from weakclip.checkpoints import state_dict
 from weakclip.networks.base import CURE, Network, read_backbone
-from weakclip.torchvision_ops import declare_missing
+from weakclip.runtime.torchvision_ops import declare_missing
 
 declare_missing()
 
@@ -108,7 +108,7 @@ class Segmenter(Network):
         found = read_backbone(path, "head.", "head_dist.")
         if "pos_embed" in found:
             found["pos_embed"] = self._resampled(found["pos_embed"])
-        fit.load_into(self.encoder, found, f"pretrained: {path}", CURE)
+        state_dict.load_into(self.encoder, found, f"pretrained: {path}", CURE)
 
     def _resampled(self, positions_1LD: Tensor) -> Tensor:
         """The file's position embedding on the encoder's grid; as it is where it has no square grid, which the check will say."""

@@ -1,1 +1,0 @@
-"""Command lines that make, check, show, count and rewrite shard sets."""

@@ -1,0 +1,99 @@
+"""The synthetic world's backbones: files that the networks' readers take, and labels that pictures carry."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from weakclip.config import AugmentConfig, ConfigError, RetrainConfig
+from weakclip.demo import annotator, backbones, image_pool, resumable, world
+from weakclip.labels import DEMO
+from weakclip.networks import build
+from weakclip.networks.mctformer import MCTformer
+
+NETWORKS = {
+    "deit_tiny": ("segmenter", "deit_tiny_patch16_224"),
+    "mit_b0": ("segformer", "b0"),
+    "resnet38_narrow": ("resnet38", "narrow"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_backbones_file_is_read_like_a_published_one(name, tmp_path):
+    backbone = backbones.BACKBONES[name]()
+    with torch.inference_mode():
+        shapes = [found.shape for found in backbone.maps(torch.zeros(2, 3, 192, 128))]
+        assert all(shape[0] == 2 and 2 * shape[2] == 3 * shape[3] for shape in shapes)
+    backbone.write(tmp_path)
+    network, size = NETWORKS[name]
+    built = build(RetrainConfig(network, size, augment=AugmentConfig(crop=192)), len(DEMO))
+    built.load_pretrained(tmp_path / "model.safetensors")
+    found = load_file(tmp_path / "model.safetensors")
+    written = {tensor.sum().item() for key, tensor in found.items() if tensor.ndim == 4 and not key.startswith("fc8.")}
+    assert written <= {tensor.sum().item() for tensor in built.state_dict().values()}, "convolutions of the file"
+
+
+def test_the_vit_sees_what_the_small_clip_sees():
+    images = np.stack([world.picture(7, index).image for index in range(4)])
+    x_B3HW, network = image_pool.network_input(images), backbones.deit_tiny()
+    with torch.inference_mode():
+        theirs = backbones.last_tokens(backbones.small_clip(), x_B3HW)
+        [ours] = network.maps(x_B3HW)
+    assert torch.cosine_similarity(ours, theirs).mean() > 0.9
+    assert torch.cosine_similarity(ours, theirs.roll(1, 0)).mean() < 0.8  # of other pictures
+
+
+def test_a_backbone_learns_what_the_small_clip_sees(tmp_path, monkeypatch, capsys):
+    network = torch.nn.Conv2d(3, 8, 16, 16)
+    before = network.weight.clone()
+    monkeypatch.setitem(backbones.BACKBONES, "mit_b0", lambda: backbones.Backbone(network, lambda x: [network(x)], write))
+
+    def write(folder):
+        (folder / "model.safetensors").touch()
+
+    backbones.main(["--out", str(tmp_path), "--only", "mit_b0", "--steps", "2"])
+    assert [path.name for path in (tmp_path / "mit_b0").iterdir()] == ["model.safetensors"]
+    assert not network.weight.equal(before)
+    backbones.main(["--out", str(tmp_path), "--only", "mit_b0"])
+    assert capsys.readouterr().out == f"{tmp_path}/mit_b0 is there\n"
+
+
+def test_mctformer_begins_from_the_same_file(tmp_path):
+    backbones.deit_tiny().write(tmp_path)
+    MCTformer(len(DEMO), "deit_tiny_patch16_224", 192).load_pretrained(tmp_path / "model.safetensors")
+
+
+def test_labels_are_what_a_picture_shows():
+    pictures = [world.picture(image_pool.BACKBONE_SEED, index) for index in range(8)]
+    true_BA = annotator.multi_hot([picture.captions for picture in pictures])
+    for picture, row in zip(pictures, true_BA, strict=True):
+        assert {DEMO.index(name) for name in DEMO[1:] if row[annotator.LABELS.index(name)]} == set(picture.classes)
+        assert all(picture.captions.count(label) for label, here in zip(annotator.LABELS, row, strict=True) if here)
+        assert len(row.nonzero()) >= 3 * len(picture.classes), "of each thing its name, texture and colour"
+
+
+def test_the_annotator_is_trained_into_a_file(tmp_path):
+    file = tmp_path / "annotator.safetensors"
+    with pytest.raises(ConfigError, match=f"`python -m weakclip.demo.annotator --out {file}` trains it"):
+        annotator.load(file)
+    annotator.main(["--out", str(file), "--steps", "2"])
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert annotator.load(file)(torch.zeros(1, 3, 32, 32)).shape == (1, len(annotator.LABELS), 4, 4)
+
+
+def test_a_training_goes_on_from_its_last_save_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(resumable, "SECONDS", 0)
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(network.parameters())
+    kept = resumable.State(tmp_path / "training.pt", {"network": network, "optimizer": optimizer})
+    assert kept.restore() == {}
+    network(torch.ones(2)).sum().backward()
+    optimizer.step()
+    kept.save(step=7, seconds=1.5)
+    other = torch.nn.Linear(2, 2)
+    moments = torch.optim.AdamW(other.parameters())
+    again = resumable.State(tmp_path / "training.pt", {"network": other, "optimizer": moments})
+    assert again.restore() == {"step": 7, "seconds": 1.5}
+    assert other.weight.equal(network.weight) and moments.state_dict()["state"][0]["step"] == 1
+    again.remove()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,108 @@
+"""The learning rate's course, DeepSpeed's settings and the order of checkpoints; training itself is an integration test."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from weakclip.config import Config, ConfigError, OptimConfig, RetrainConfig
+from weakclip.networks import build
+from weakclip.networks.wrappers import Segmentation
+from weakclip.runtime.run_dir import checkpoints
+from weakclip.training.engine import deepspeed_settings, learning_rate_factor, make_optimizer
+
+OPTIM = OptimConfig(lr=1e-4, min_lr=1e-6, warmup=1500)
+
+
+def test_the_rate_warms_up_from_a_millionth_and_ends_at_the_lowest():
+    factors = [learning_rate_factor(step, OPTIM, 20000) for step in range(20001)]
+    assert factors[0] == pytest.approx(1e-6)
+    assert factors[750] == pytest.approx(0.5 * (0.01 + 0.99 * (1 + math.cos(math.pi * 750 / 20000)) / 2), rel=1e-5)
+    assert factors[10000] == pytest.approx(0.01 + 0.99 / 2)
+    assert factors[20000] == pytest.approx(0.01)
+    assert sorted(factors[:1500]) == factors[:1500] and sorted(factors[1500:], reverse=True) == factors[1500:]
+
+
+def test_there_is_no_jump_where_the_warm_up_ends():
+    before, after = (learning_rate_factor(step, OPTIM, 20000) for step in (1499, 1500))
+    assert abs(before - after) < 1e-3 and after < 1
+
+
+def test_the_rate_stays_at_its_end_and_needs_no_warm_up():
+    assert learning_rate_factor(99999, OPTIM, 20000) == pytest.approx(0.01)
+    assert learning_rate_factor(0, OptimConfig(warmup=0), 100) == 1.0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("decay, undecayed", [("all", set()), ("weights", {"norm", "bias"})])
+def test_weight_decay_spares_what_is_no_weight_of_a_layer(optimizer, decay, undecayed):
+    network = Segmentation(build(RetrainConfig("resnet38", "narrow"), 3), 3, 10.0, "fp32")
+    made = make_optimizer(network, OptimConfig(optimizer, lr=0.5, weight_decay=0.25, decay=decay))
+    kinds = {
+        id(module.weight): "norm" if isinstance(module, torch.nn.BatchNorm2d) else "layer"
+        for module in network.modules()
+        if hasattr(module, "weight")
+    }
+    spared = {kinds.get(id(p), "bias") for group in made.param_groups for p in group["params"] if not group["weight_decay"]}
+    decayed = {kinds.get(id(p), "bias") for group in made.param_groups for p in group["params"] if group["weight_decay"]}
+    assert spared == undecayed and decayed == {"layer", "norm", "bias"} - undecayed
+    head = {id(p) for p in network.network.head_parameters()}
+    assert all(group["lr"] == (5.0 if id(p) in head else 0.5) for group in made.param_groups for p in group["params"])
+    assert sum(len(group["params"]) for group in made.param_groups) == len([*network.parameters()])
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_every_deepspeed_file_is_filled_from_the_recipe(repo, tiny_config, stage):
+    config = tiny_config(
+        f"train.deepspeed={repo}/configs/deepspeed/zero{stage}.json", "train.batch=3", "train.accumulate=2", "optim.clip_grad=0.5"
+    )
+    settings = deepspeed_settings(config)
+    assert settings["zero_optimization"]["stage"] == stage
+    assert settings["train_micro_batch_size_per_gpu"] == 3
+    assert settings["gradient_accumulation_steps"] == 2
+    assert settings["gradient_clipping"] == 0.5
+
+
+def with_file(folder, text: str) -> Config:
+    config = Config()
+    config.train.deepspeed = str(folder / "ds.json")
+    (folder / "ds.json").write_text(text)
+    return config
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size"]
+    + ["optimizer", "scheduler", "bf16", "fp16"],
+)
+def test_what_the_recipe_sets_may_not_stand_in_deepspeeds_file(tmp_path, key):
+    config = with_file(tmp_path, json.dumps({"zero_optimization": {"stage": 1}, key: 1}))
+    with pytest.raises(ConfigError, match=f"train.deepspeed: .*ds.json sets {key}; set it in the recipe instead"):
+        deepspeed_settings(config)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"zero_optimization": {}}', '{"zero_optimization": 1}'])
+def test_a_file_that_is_none_of_deepspeeds_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match="train.deepspeed: .*ds.json is not DeepSpeed JSON with zero_optimization.stage"):
+        deepspeed_settings(with_file(tmp_path, text))
+
+
+def test_a_missing_file_and_an_unknown_stage_are_refused(tmp_path):
+    config = with_file(tmp_path, '{"zero_optimization": {"stage": 4}}')
+    with pytest.raises(ConfigError, match="stage 4"):
+        deepspeed_settings(config)
+    (tmp_path / "ds.json").unlink()
+    with pytest.raises(ConfigError, match="train.deepspeed: .*ds.json"):
+        deepspeed_settings(config)
+
+
+def test_checkpoints_are_sorted_by_step_and_unfinished_ones_are_none(tmp_path):
+    assert checkpoints(tmp_path) == []
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("step-1000", "step-90", "step-200", "step-x", "other"):
+        (tmp_path / "checkpoints" / f"{name}.safetensors").touch()
+    (tmp_path / "checkpoints" / "step-3000.safetensors.partial").touch()
+    assert [path.stem for path in checkpoints(tmp_path)] == ["step-90", "step-200", "step-1000"]

@@ -1,0 +1,227 @@
+"""What each training job takes from the recipe, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from weakclip.config import ConfigError
+from weakclip.data.index import ShardError
+from weakclip.data.photometric import IMAGENET
+from weakclip.data.reading import read_entry
+from weakclip.data.sample import open_sample
+from weakclip.labels import IGNORE
+from weakclip.masks import mask_folder
+from weakclip.models.interface import Targets
+from weakclip.networks.base import Network
+from weakclip.networks.mctformer import MCTformer
+from weakclip.networks.wrappers import Classification, Segmentation
+from weakclip.runtime import run_dir as runs
+from weakclip.training.jobs import Classify, Refine, Retrain
+
+
+@pytest.fixture(scope="module")
+def shards(make_shards, tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("tasks") / "set", count=3, per_shard=2)
+
+
+@pytest.fixture
+def config(tiny_config, shards):
+    """Of a run whose masks were begun, to retrain on."""
+    config = tiny_config(f"data.train={shards.root}", "retrain.network=segformer", "retrain.backbone=b0")
+    weights = Path(config.run).with_name("weights")
+    weights.write_bytes(b"1")
+    mask_folder.claim(Path(config.run) / "pseudo", config, weights)
+    return config
+
+
+def put(config, key: str, mask_HW) -> None:
+    mask_folder.save(np.asarray(mask_HW, np.uint8), Path(config.run) / "pseudo" / f"{key}.png")
+
+
+def opened(shards, number: int):
+    entry = shards.entries[number]
+    return open_sample(read_entry(shards, entry), entry, len(shards.classes))
+
+
+# ------------------------------------------------------------------------------------------------------ the recipe's part
+
+
+def test_each_job_has_its_own_directory_and_settings(tiny_config, shards, tmp_path):
+    config = tiny_config(
+        "retrain.network=resnet38", "retrain.optim.lr=0.5", "retrain.train.steps=7", "retrain.augment.crop=96",
+        "retrain.test.scales=[2.0]", f"cam.data={shards.root}", "cam.source=mctformer", f"data.train={tmp_path}/cams",
+        "classify.train.steps=9", "classify.optim.lr=0.25", "classify.augment.crop=80",
+    )  # fmt: skip
+    found = [Refine(config), Retrain(config), Classify(config)]
+    run = tmp_path / "run"
+    assert [task.run for task in found] == [run, run / "retrain/resnet38", run / "classify"]
+    assert [task.config.optim.lr for task in found] == [1e-4, 0.5, 0.25]
+    assert [task.config.train.steps for task in found] == [20, 7, 9]
+    assert [task.config.augment.crop for task in found] == [64, 96, 80]
+    assert found[1].config.pseudo.scales == [2.0] and found[2].config.data.train == str(shards.root)
+
+
+def test_a_recipe_without_such_a_job_says_which_key_names_it(tiny_config):
+    with pytest.raises(ConfigError, match="retrain.network is null: it names what is trained"):
+        Retrain(tiny_config())
+    with pytest.raises(ConfigError, match="set cam.source to mctformer, and cam.data"):
+        Classify(tiny_config("cam.source=mctformer"))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("retrain.network=unet", "retrain.network must be one of resnet38, segmenter, segformer"),
+        ("retrain.targets=masks", "retrain.targets must be pseudo or seeds"),
+        ("retrain.test.restrict_to_labels=true", "retrain.test.restrict_to_labels: a test image has no labels"),
+        ("retrain.optim.optimizer=adam", "optim.optimizer must be adamw or sgd"),
+        ("classify.drop_path=1", "classify.drop_path must lie in 0..1"),
+        ("cam.source=hope", "cam.source must be clip or mctformer"),
+    ],
+)
+def test_a_value_that_is_none_is_refused(tiny_config, override, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(override)
+
+
+def test_only_what_a_job_is_made_of_must_stay_the_same(config):
+    task = Retrain(config)
+    runs.claim(task.config, task.fixed, resume=False)
+    others = replace(config, loss=replace(config.loss, tau=1.0), retrain=replace(config.retrain, test=config.pseudo))
+    runs.check_same(Retrain(others).config, task.fixed)
+    changed = replace(config, retrain=replace(config.retrain, backbone="b1"))
+    with pytest.raises(ConfigError, match=r"was made with another retrain.backbone; set it as in"):
+        runs.check_same(Retrain(changed).config, task.fixed)
+
+
+# ----------------------------------------------------------------------------------------------------------------- targets
+
+
+def test_missing_pseudo_masks_are_counted_before_anything_is_trained(config, shards):
+    put(config, "image_1", np.zeros((48, 64)))
+    with pytest.raises(ConfigError, match=r"pseudo: 2 of 3 pseudo masks are missing, the first image_0.png; write them with"):
+        Retrain(config).inputs([shards])
+    for number in (0, 2):
+        put(config, f"image_{number}", np.zeros((48, 64)))
+    first = Retrain(config).inputs([shards])
+    about = Path(config.run) / "pseudo" / "about.json"
+    about.write_text(about.read_text().replace("weights", "Weights"))
+    assert len(first) == 1 and Retrain(config).inputs([shards]) != first  # other masks, another run
+
+
+def test_a_retraining_is_towards_the_pseudo_mask(config, shards):
+    mask_HW = np.random.default_rng(0).integers(0, 4, (48, 64))
+    mask_HW[0] = IGNORE
+    put(config, "image_0", mask_HW)
+    np.testing.assert_array_equal(Retrain(config).target(opened(shards, 0)), mask_HW)
+
+
+def test_a_retraining_on_seeds_needs_no_pseudo_mask(tiny_config, shards, make_shards, tmp_path):
+    config = tiny_config("retrain.network=segformer", "retrain.targets=seeds")
+    task = Retrain(config)
+    assert task.run == tmp_path / "run/retrain/segformer-seeds" and task.inputs([shards]) == []
+    left_HW = np.repeat([[1] * 32 + [0] * 32], 48, axis=0)
+    np.testing.assert_array_equal(task.target(opened(shards, 0)), left_HW)
+    of_cams = make_shards(tmp_path / "cams", count=1, seed=None)
+    np.testing.assert_array_equal(task.target(opened(of_cams, 0)), left_HW)
+
+
+def test_a_retraining_on_seeds_goes_on_with_the_same_ones_alone(tiny_config):
+    task = Retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds"))
+    runs.claim(task.config, task.fixed, resume=False)
+    others = Retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds", "seeds.foreground=0.6"))
+    with pytest.raises(ConfigError, match=r"was made with another seeds; set it as in"):
+        runs.check_same(others.config, others.fixed)
+
+
+@pytest.mark.parametrize(
+    "mask_HW, message",
+    [
+        (np.zeros((64, 48)), "image_0.png: 48 x 64, but the picture is 64 x 48"),
+        (np.full((48, 64), 4), "image_0.png: has class 4, but there are 4"),
+        (None, "image_0.png: missing; write it with"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_named(config, shards, mask_HW, message):
+    if mask_HW is not None:
+        put(config, "image_0", mask_HW)
+    with pytest.raises(ShardError, match=message):
+        Retrain(config).target(opened(shards, 0))
+
+
+def test_a_damaged_mask_is_named(config, shards):
+    put(config, "image_0", np.zeros((48, 64)))
+    path = Path(config.run) / "pseudo" / "image_0.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ShardError, match=r"image_0.png: .*remove it and run"):
+        Retrain(config).target(opened(shards, 0))
+    Image.new("RGB", (64, 48)).save(path)
+    with pytest.raises(ShardError, match=r"image_0.png: a mask is an 8-bit palette or grey PNG, this is RGB"):
+        Retrain(config).target(opened(shards, 0))
+
+
+def test_a_classifier_needs_no_seed(config, shards, tmp_path):
+    cam, data = replace(config.cam, source="mctformer", data=str(shards.root)), replace(config.data, train=str(tmp_path / "cams"))
+    labelled = replace(config, cam=cam, data=data)
+    assert (Classify(labelled).target(opened(shards, 0)) == IGNORE).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+
+
+class Fixed(Network):
+    """Logits that are its parameter, whatever the image; its second parameter is the head."""
+
+    least_side = 1
+
+    def __init__(self, logits_Khw: torch.Tensor) -> None:
+        super().__init__()
+        self.body, self.head = torch.nn.Parameter(logits_Khw), torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        return (self.body + self.head).expand(len(images_B3HW), -1, -1, -1)
+
+    def load_pretrained(self, path: Path) -> None:
+        raise NotImplementedError
+
+    def head_parameters(self) -> list[torch.nn.Parameter]:
+        return [self.head]
+
+
+def targets(seeds_BHW: torch.Tensor) -> Targets:
+    return Targets(torch.zeros(len(seeds_BHW), 3, *seeds_BHW.shape[1:]), seeds_BHW, torch.zeros(len(seeds_BHW), 2))
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_labelled_pixels_at_the_images_size():
+    network = Segmentation(Fixed(torch.tensor([0.0, 1.0])[:, None, None].expand(2, 2, 2).clone()), 2, 10.0, "fp32")
+    seeds_BHW = torch.full((1, 8, 8), IGNORE)
+    seeds_BHW[0, 0, :4], seeds_BHW[0, 1, :2] = 0, 1
+    given = targets(seeds_BHW)
+    (loss,) = network.losses(network(given.images_B3HW), given).values()
+    zero, one = torch.tensor([0.0, 1.0]).log_softmax(0)
+    torch.testing.assert_close(loss, -(4 * zero + 2 * one) / 6)
+    nothing = targets(torch.full((1, 8, 8), IGNORE))
+    (loss,) = network.losses(network(nothing.images_B3HW), nothing).values()
+    assert loss == 0
+
+
+def test_the_head_has_its_own_rate_and_every_parameter_one():
+    network = Segmentation(Fixed(torch.zeros(2, 2, 2)), 2, 10.0, "fp32")
+    groups = network.groups()
+    assert [group.lr for group in groups] == [1.0, 10.0] and network.normalisation == IMAGENET
+    assert [[*map(id, group.parameters)] for group in groups] == [[id(network.network.body)], [id(network.network.head)]]
+
+
+def test_class_tokens_and_patch_head_have_their_own_rate():
+    network = Classification(MCTformer(3, "deit_tiny_patch16_224", 64), 10.0, "fp32")
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    rest, head = network.groups()
+    assert (rest.lr, head.lr) == (1.0, 10.0)
+    assert {names[id(p)] for p in head.parameters} == {"network.cls_token", "network.head.weight", "network.head.bias"}
+    assert len(rest.parameters) + len(head.parameters) == len(names)

@@ -1,0 +1,107 @@
+"""A frozen CLIP that is asked by prompts: which texts name the classes, which template asks best, and the CAMs it gives.
+
+F foreground classes, M background names, n classes of an image, E joint embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weakclip.cams import gradcam
+from weakclip.config import Config, ConfigError
+from weakclip.data.sample import Cam, DecodedSample
+from weakclip.datasets.cam_files import pack_cam, quarter
+from weakclip.models.clip import FrozenClip, tokenize
+
+
+class Texts(NamedTuple):
+    """Unit embeddings of one template's texts."""
+
+    classes_FE: Tensor
+    """Of class 1, 2, ..."""
+    background_ME: Tensor
+
+    def competing(self, classes: Sequence[int]) -> Tensor:
+        """Those of an image's classes (indices from 1), then what competes: the background names, or else all other classes."""
+        present = [index - 1 for index in classes]
+        others = [row for row in range(len(self.classes_FE)) if row not in present]
+        rest = self.background_ME if len(self.background_ME) else self.classes_FE[others]
+        return torch.cat([self.classes_FE[present], rest])
+
+
+class PromptedClip:
+    """The CLIP of a config as it was trained, on the GPU if there is one, and the embeddings of its prompts' texts.
+
+    Raises ConfigError when a text is too long for this CLIP, has a word that it does not know, or a synonym is of no class.
+    """
+
+    def __init__(self, config: Config, class_names: Sequence[str]) -> None:
+        self.config = config
+        names = class_names[1:]
+        if strangers := config.cam.synonyms.keys() - set(names):
+            raise ConfigError(f"cam.synonyms: {min(strangers)!r} is no class of the recipe")
+        named = [config.cam.synonyms.get(name, name) for name in names] + config.cam.background_names
+        texts = [template.replace("{}", name) for template in config.cam.prompts for name in named]
+        ids_UL = tokenize(texts)
+        # Not as WeakCLIP's published recipe has it: there the class embedding is doubled.
+        clip = replace(config.clip, double_class_embedding=False, name_tokens=max(ids_UL.shape[1], 3))
+        self.clip = FrozenClip(clip, prompts=0).to("cuda" if torch.cuda.is_available() else "cpu")
+        _check_known(self.clip, ids_UL, texts)
+        rows_PUE = self._embed(ids_UL).unflatten(0, (len(config.cam.prompts), -1))
+        parts = [rows_UE.split([len(names), len(config.cam.background_names)]) for rows_UE in rows_PUE]
+        self.texts = {template: Texts(*part) for template, part in zip(config.cam.prompts, parts, strict=True)}
+
+    @torch.no_grad()
+    def _embed(self, ids_UL: Tensor) -> Tensor:
+        device = self.clip.vision.proj.device
+        nothing_0D = torch.zeros(0, self.clip.text.width, device=device)
+        return F.normalize(self.clip.text(ids_UL.to(device), nothing_0D), dim=1)
+
+    def cam(self, sample: DecodedSample, template: str) -> Cam:
+        """The maps of all classes that the image is labelled with, at a quarter of its sides."""
+        texts_CE = self.texts[template].competing(sample.classes)
+        options, scale = self.config.cam, self.config.data.scale
+        n, size = len(sample.classes), quarter(sample.size)
+        maps_nhw = gradcam.activation_maps(self.clip, sample.image, texts_CE, n, options, scale, size)
+        return pack_cam(dict(zip(sample.classes, maps_nhw, strict=True)), sample.size, sample.key)
+
+    def sharpness(self, samples: Iterable[DecodedSample]) -> dict[str, float]:
+        """Of each template: how unevenly it sees the classes that an image is labelled with; less is better (CLIP-ES).
+
+        The variance of their probabilities over the mean of these, summed over the images. One label alone has no variance.
+        """
+        sums = dict.fromkeys(self.texts, 0.0)
+        for sample in samples:
+            if len(sample.classes) > 1:
+                image_E = self._embed_image(sample.image)
+                for template, texts in self.texts.items():
+                    found_C = gradcam.probabilities(self.clip, image_E, texts.competing(sample.classes))
+                    found_n = found_C[: len(sample.classes)].double().cpu()
+                    sums[template] += float(found_n.var(correction=0) / found_n.mean())
+        return sums
+
+    @torch.no_grad()
+    def _embed_image(self, image_HW3: np.ndarray) -> Tensor:
+        vision, options, scale, device = self.clip.vision, self.config.cam, self.config.data.scale, self.clip.vision.proj.device
+        image_13HW = gradcam.network_input(vision.patch, image_HW3, options.normalisation, scale, options.scales[0], device)
+        tokens_1TD = gradcam.before_last_block(vision, image_13HW, 1)[0]
+        return gradcam.pooled(vision, tokens_1TD, vision.blocks[-1].ln_1(tokens_1TD))
+
+
+def _check_known(clip: FrozenClip, ids_UL: Tensor, texts: Sequence[str]) -> None:
+    """Small CLIPs are stored with the tokens alone that they were trained on; the others' embeddings are zero."""
+    known_V = clip.text.token_embedding.weight.any(1).cpu()
+    within_UL = torch.arange(ids_UL.shape[1]) <= ids_UL.argmax(1, keepdim=True)
+    unknown_U = (within_UL & ~known_V[ids_UL]).any(1)
+    if unknown_U.any():
+        text = texts[int(unknown_U.int().argmax())]
+        raise ConfigError(
+            f"this CLIP was not trained with a word of {text!r}; change cam.prompts, cam.background_names or cam.synonyms"
+        )

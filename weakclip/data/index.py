@@ -1,0 +1,212 @@
+"""The index of a shard set: which samples lie where in which tar file (docs/data_format.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from weakclip import labels
+from weakclip.config import ConfigError, DataConfig
+from weakclip.data.cache import File
+from weakclip.data.storage import LocalStorage, RemoteStorage, Storage, StorageError
+from weakclip.runtime.atomic import write_whole
+from weakclip.runtime.errors import UserError
+
+FORMAT = 1
+INDEX = "index.json"
+# A key becomes a member's name: up to the first dot, within the 100 bytes of a plain tar header.
+KEY = re.compile(r"(?:(?![./\\])[ -~]){1,80}")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}\.tar")
+REPAIR = "run shards/verify.py on the set, then copy or build it again"
+
+T = TypeVar("T")
+
+
+class ShardError(UserError):
+    """A shard set, or something meant for one, is not what it should be. One line: the shard, the key, the cure."""
+
+
+def json_field(mapping: Any, name: str, kind: type[T], where: str) -> T:
+    """`mapping[name]`, which must be a `kind`; JSON's true is not an int here. Raises ShardError naming `where`."""
+    value = mapping.get(name) if isinstance(mapping, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ShardError(f"{where}: {name!r} is missing or not of type {kind.__name__}")
+    return value
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one sample lies: `length` bytes from byte `offset` of the file `shard` are its tar members."""
+
+    shard: str
+    key: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Shard(File):
+    """One tar file and its samples in order."""
+
+    samples: tuple[Entry, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it stands in index.json."""
+        rows = [[entry.key, entry.offset, entry.length] for entry in self.samples]
+        return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256, "samples": rows}
+
+
+@dataclass(frozen=True)
+class Index:
+    """A shard set: where it lies, the class names by class index, and the shards."""
+
+    storage: Storage
+    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def load(cls, path: str | Path, options: DataConfig | None = None) -> Index:
+        """Read and check the index at `path`: a shard set's directory or URL, or that of its index.json.
+
+        options: how to read from a URL. Raises ShardError when it is not an index of this format, when a key stands in it
+        twice, when a sample lies outside its shard, or when a shard file of a directory is missing or not of the size the
+        index gives; StorageError when a URL cannot be read; ConfigError when the cache is too small for the shuffle window.
+        """
+        folder, _, name = str(path).rpartition("/")
+        storage = Storage.of(folder if name == INDEX else path, options)
+        file = f"{storage}/{INDEX}"
+        try:
+            raw = json.loads(storage.read(INDEX))
+        except FileNotFoundError:
+            raise ShardError(
+                f"{file}: no such file; `python shards/build.py` makes a shard set, `python -m weakclip.cam` one with CAMs"
+            ) from None
+        except StorageError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
+            raise ShardError(f"{file}: cannot be read ({error}); {REPAIR}") from None
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise ShardError(f"{file}: not a shard index of format {FORMAT}; build the set again with this version")
+        classes = json_field(raw, "classes", list, file)
+        if not all(isinstance(c, str) for c in classes) or not 2 <= len(set(classes)) == len(classes) <= labels.IGNORE:
+            raise ShardError(f"{file}: 'classes' must be 2 to {labels.IGNORE} different names")
+        shards = tuple(parse_shard(item, file) for item in json_field(raw, "shards", list, file))
+        index = cls(storage, tuple(classes), shards)
+        index._check()
+        if isinstance(storage, RemoteStorage):
+            _check_cache(shards, options or DataConfig())
+        return index
+
+    def _check(self) -> None:
+        for what, names in (("shard", [s.name for s in self.shards]), ("key", [e.key for e in self.entries])):
+            if len(set(names)) < len(names):
+                twice = next(name for name, count in Counter(names).items() if count > 1)
+                raise ShardError(f"{self.storage}/{INDEX}: {what} {twice!r} stands in it twice; keys must differ in a set")
+        for shard in self.shards if isinstance(self.storage, LocalStorage) else ():
+            file = self.root / shard.name
+            size = file.stat().st_size if file.is_file() else None
+            if size != shard.bytes:
+                state = "missing" if size is None else f"{size} bytes long, not {shard.bytes}"
+                raise ShardError(f"{file}: shard is {state}; copy it again, or build the set again")
+
+    def save(self) -> None:
+        """Write index.json into `root`."""
+        raw = {"format": FORMAT, "classes": self.classes, "shards": [shard.as_dict() for shard in self.shards]}
+        text = json.dumps(raw, separators=(",", ":"))
+        write_whole(self.root / INDEX, text + "\n")
+
+    @property
+    def root(self) -> Path:
+        """The set's directory. Raises ShardError where it lies at a URL."""
+        if not isinstance(self.storage, LocalStorage):
+            raise ShardError(f"{self.storage}: this needs a shard set on a local disk; copy it there")
+        return self.storage.root
+
+    @cached_property
+    def shard_of(self) -> dict[str, Shard]:
+        return {shard.name: shard for shard in self.shards}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 that tells this set from one with other shards, in another order or of another size."""
+        return hashlib.sha256(json.dumps([(s.name, s.sha256, len(s.samples)) for s in self.shards]).encode()).hexdigest()
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All samples of all shards, in order."""
+        return tuple(entry for shard in self.shards for entry in shard.samples)
+
+
+def _check_cache(shards: Sequence[Shard], options: DataConfig) -> None:
+    window = sum(sorted(shard.bytes for shard in shards)[-options.shuffle_window :])
+    if options.cache and window > options.cache_gib * 2**30:
+        what = f"the {options.shuffle_window} largest shards are {window / 2**30:.3g} GiB and would be fetched again and again"
+        raise ConfigError(f"data.cache_gib={options.cache_gib:g}: {what}; raise it, or lower data.shuffle_window")
+
+
+def parse_shard(raw: Any, file: str) -> Shard:
+    """A shard as it stands in index.json, or in the index of a set in the making, `file`. Raises ShardError."""
+    name = json_field(raw, "name", str, file)
+    where = f"{file}: shard {name!r}"
+    size, sha256 = json_field(raw, "bytes", int, where), json_field(raw, "sha256", str, where)
+    if not _SHARD_NAME.fullmatch(name) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise ShardError(f"{where}: not a shard's name, or not a SHA-256; {REPAIR}")
+    entries, end = [], 0
+    for row in json_field(raw, "samples", list, where):
+        if not (isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and KEY.fullmatch(row[0])):
+            raise ShardError(f"{where}: {row!r:.80} is not [key, offset, length]; {REPAIR}")
+        key, offset, length = row
+        if not (is_count(offset) and is_count(length) and end <= offset < offset + length <= size):
+            raise ShardError(f"{where}: {key}: bytes {offset!r:.20} + {length!r:.20} do not fit its {size}; {REPAIR}")
+        entries.append(Entry(name, key, offset, length))
+        end = offset + length
+    return Shard(name, size, sha256, tuple(entries))
+
+
+def open_index(path: str, class_names: Sequence[str], options: DataConfig | None = None) -> Index:
+    """The shard set at `path`, a directory or a URL read as `options` say, whose class list must be `class_names`."""
+    index = Index.load(path, options)
+    labels.check_same(class_names, index.classes, str(index.storage))
+    return index
+
+
+def select_shards(index: Index, subset: str | None) -> list[Entry]:
+    """Samples of the shards that `subset` picks: null for all, "3" for one, "0:8" for a range counted like Python's.
+
+    Raises ValueError when it is none of these or picks nothing.
+    """
+    numbers = select_numbers(len(index.shards), subset, str(index.storage))
+    return [entry for number in numbers for entry in index.shards[number].samples]
+
+
+def select_numbers(shards: int, subset: str | None, what: str) -> range:
+    """Which of so many shards `subset` picks, as `select_shards` does. what: the name of their set, for the error."""
+    every = range(shards)
+    try:
+        first, *rest = (int(part) if part else None for part in (":" if subset is None else subset).split(":"))
+        chosen = every[slice(first, *rest)] if rest else range(every[first], every[first] + 1)  # type: ignore[index]
+    except (ValueError, IndexError, TypeError):
+        chosen = range(0)
+    if not chosen:
+        raise ValueError(f"--shards {subset}: {what} has shards 0..{shards - 1}; write 3 for one, 0:8 for a range")
+    return chosen
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,288 @@
+"""One sample of a shard: its parts as bytes and as checked arrays (docs/data_format.md).
+
+Shapes: H W image pixels, h w cells of an activation map, n maps of one sample; K classes of the set, 0 is background.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from weakclip.data.codecs import decode_jpeg, decode_mask_png
+from weakclip.data.index import KEY, REPAIR, Entry, ShardError, is_count, json_field
+from weakclip.labels import IGNORE
+
+_PARTS = {"jpg", "png", "json", "cam.npz", "seed.png", "mask.png"}
+
+
+@dataclass(frozen=True, eq=False)
+class Cam:
+    """Class activation maps of one image.
+
+    classes: class index of each map. maps_nhw: uint8, 255 = 1.0. scale: side of a map / side of the image, >= 1/4.
+    """
+
+    classes: tuple[int, ...]
+    maps_nhw: np.ndarray
+    scale: float
+
+    def encode(self) -> bytes:
+        """The maps as a compressed .npz; equal maps give equal bytes."""
+        classes_n, scale = np.array(self.classes, np.int32), np.array(self.scale, np.float32)
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, array in (("classes", classes_n), ("cam", self.maps_nhw), ("scale", scale)):
+                member = io.BytesIO()
+                np.save(member, array, allow_pickle=False)
+                # A ZipInfo of our own has a fixed date, which np.savez does not promise.
+                archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue(), zipfile.ZIP_DEFLATED)
+        return buffer.getvalue()
+
+    @staticmethod
+    def decode(data: bytes) -> Cam:
+        """Read what `encode` wrote. Raises ShardError for anything else; pickles are never loaded."""
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                # Members are read whole, because only then does zipfile compare their CRC.
+                members = [archive.read(f"{name}.npy") for name in ("classes", "cam", "scale")]
+            classes_n, maps_nhw, scale = (np.load(io.BytesIO(member), allow_pickle=False) for member in members)
+        except Exception as error:  # a reader of damaged bytes may raise anything
+            raise ShardError(f"cam.npz cannot be read ({error})") from None
+        if (classes_n.dtype, maps_nhw.dtype, scale.dtype) != (np.int32, np.uint8, np.float32):
+            raise ShardError("cam.npz must hold classes int32, cam uint8 and scale float32")
+        if classes_n.ndim != 1 or maps_nhw.ndim != 3 or scale.ndim != 0 or len(classes_n) != len(maps_nhw):
+            raise ShardError(f"cam.npz holds {classes_n.shape} classes for maps of shape {maps_nhw.shape}")
+        return Cam(tuple(classes_n.tolist()), maps_nhw, scale.item())
+
+    def fits(self, height: int, width: int) -> bool:
+        """Whether the maps can be of an H x W image: its proportions, to one cell, and 1/4 of its sides or more."""
+        h, w = self.maps_nhw.shape[1:]
+        lows = (h - 1) / height, (w - 1) / width
+        highs = (h + 1) / height, (w + 1) / width
+        proportional = max(lows) <= min(highs) and min(lows) <= self.scale <= max(highs)
+        return proportional and 4 * h >= height and 4 * w >= width
+
+
+@dataclass
+class Sample:
+    """What a shard holds for one image. `image` is its file's bytes, untouched; `seed` and `mask` are 8-bit PNGs."""
+
+    key: str
+    image: bytes
+    image_ext: str  # "jpg" or "png"
+    classes: tuple[int, ...]
+    height: int
+    width: int
+    source: str
+    cam: Cam | None = None
+    seed: bytes | None = None
+    mask: bytes | None = None
+
+    def encode(self) -> dict[str, bytes]:
+        """The sample's members: extension -> bytes."""
+        about: dict[str, Any] = {"id": self.key, "height": self.height, "width": self.width}
+        about |= {"classes": self.classes, "source": self.source}
+        parts = {
+            self.image_ext: self.image,
+            "json": json.dumps(about).encode(),
+            "cam.npz": self.cam.encode() if self.cam else None,
+            "seed.png": self.seed,
+            "mask.png": self.mask,
+        }
+        return {ext: data for ext, data in parts.items() if data is not None}
+
+
+@dataclass(frozen=True)
+class PackedSample:
+    """A sample whose members are written as they are: extension -> bytes. source: where they come from, for messages."""
+
+    key: str
+    parts: dict[str, bytes]
+    source: str
+
+    def encode(self) -> dict[str, bytes]:
+        """The sample's members: extension -> bytes."""
+        return self.parts
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedSample:
+    """A sample as arrays, checked.
+
+    image: uint8 H x W x 3, RGB. classes: indices 1..K-1 of the classes present, ascending. cam: its maps or None.
+    seed, mask: uint8 H x W with values 0..K-1 and 255 (ignored), or None.
+    """
+
+    key: str
+    image: np.ndarray
+    classes: tuple[int, ...]
+    cam: Cam | None
+    seed: np.ndarray | None
+    mask: np.ndarray | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """H, W of the image."""
+        return self.image.shape[0], self.image.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class OpenSample:
+    """A sample as training begins with it: as a DecodedSample, but the picture is still to be decoded.
+
+    size: H, W of the picture. cam: None as well where there is a seed.
+    """
+
+    entry: Entry
+    size: tuple[int, int]
+    classes: tuple[int, ...]
+    cam: Cam | None
+    seed: np.ndarray | None
+    parts: dict[str, bytes]
+
+    @property
+    def key(self) -> str:
+        return self.entry.key
+
+    def decode_picture(self, least: tuple[int, int]) -> np.ndarray:
+        """The picture, uint8 H x W x 3, or what a JPEG's decoder makes of it at 1/2, 3/8, 1/4 or 1/8 of its size.
+
+        The latter where that is still H, W = `least` or more. Raises ShardError when it is damaged.
+        """
+        with _naming(self.entry):
+            return _decode_picture(self.parts, self.size, least)
+
+
+def decode_sample(parts: dict[str, bytes], entry: Entry, num_classes: int) -> DecodedSample:
+    """Decode and check one sample; `parts` is what `read_entry` returns, `num_classes` is K.
+
+    Raises ShardError naming shard and key when a part is damaged, missing or unknown, or when the parts do not fit each
+    other: another size than the image's, a class outside 1..K-1, a CAM of a class the image is not labelled with.
+    """
+    with _naming(entry):
+        return _decode(parts, entry.key, num_classes)
+
+
+def open_sample(parts: dict[str, bytes], entry: Entry, num_classes: int) -> OpenSample:
+    """What training needs of a sample; the mask is not looked at, nor the CAM where there is a seed.
+
+    Raises ShardError as `decode_sample` does; for damage of the picture only when that is decoded.
+    """
+    with _naming(entry):
+        size_HW, classes = _decode_about(parts, entry.key, num_classes)
+        seed_HW = decode_mask(parts.get("seed.png"), "seed.png", size_HW, num_classes)
+        cam = _decode_cam(parts, size_HW, classes) if seed_HW is None else None
+        return OpenSample(entry, size_HW, classes, cam, seed_HW, parts)
+
+
+@contextmanager
+def _naming(entry: Entry) -> Iterator[None]:
+    try:
+        yield
+    except ShardError as error:
+        raise ShardError(f"{entry.shard}: {entry.key}: {error}; {REPAIR}") from None
+
+
+def check_parts(parts: dict[str, bytes], key: str, num_classes: int) -> None:
+    """Raise ShardError when these are not the parts of a sample, as `decode_sample` does, or its key cannot be a tar member's."""
+    if not KEY.fullmatch(key):
+        raise ShardError("a key is 1 to 80 printable ASCII characters other than . / \\; rename the image")
+    _decode(parts, key, num_classes)
+
+
+def _decode(parts: dict[str, bytes], key: str, num_classes: int) -> DecodedSample:
+    size_HW, classes = _decode_about(parts, key, num_classes)
+    image_HW3, cam = _decode_picture(parts, size_HW), _decode_cam(parts, size_HW, classes)
+    masks = [decode_mask(parts.get(name), name, size_HW, num_classes) for name in ("seed.png", "mask.png")]
+    return DecodedSample(key, image_HW3, classes, cam, *masks)
+
+
+def _decode_about(parts: dict[str, bytes], key: str, num_classes: int) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Image size (H, W) and classes present from a sample's KEY.json, once its parts are those of a sample."""
+    if unknown := parts.keys() - _PARTS:
+        raise ShardError(f"unknown part {min(unknown)!r}")
+    if len(parts.keys() & {"jpg", "png"}) != 1 or "json" not in parts:
+        raise ShardError(f"needs one image and one json, has {', '.join(sorted(parts)) or 'nothing'}")
+    try:
+        about = json.loads(parts["json"])
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"its json cannot be read ({error})") from None
+    if json_field(about, "id", str, "its json") != key:
+        raise ShardError(f"its json is that of {about['id']!r}")
+    json_field(about, "source", str, "its json")
+    classes = json_field(about, "classes", list, "its json")
+    if not all(is_count(c) and 1 <= c < num_classes for c in classes) or classes != sorted(set(classes)):
+        raise ShardError(f"classes {classes!r:.80} are not ascending indices within 1..{num_classes - 1}")
+    return (json_field(about, "height", int, "its json"), json_field(about, "width", int, "its json")), tuple(classes)
+
+
+def _decode_cam(parts: dict[str, bytes], size_HW: tuple[int, int], classes: Sequence[int]) -> Cam | None:
+    cam = Cam.decode(parts["cam.npz"]) if "cam.npz" in parts else None
+    if cam and (strangers := set(cam.classes) - set(classes)):
+        raise ShardError(f"CAM of class {min(strangers)}, which the image's labels {list(classes)} do not hold")
+    if cam and not cam.fits(*size_HW):
+        raise ShardError(f"CAM of {cam.maps_nhw.shape[1:]} at scale {cam.scale:.3f} does not fit an image of {size_HW}")
+    return cam
+
+
+def _decode_picture(parts: dict[str, bytes], size_HW: tuple[int, int], least_HW: tuple[int, int] | None = None) -> np.ndarray:
+    """uint8 H x W x 3; of a JPEG perhaps less, as OpenSample.decode_picture says."""
+    (extension,) = parts.keys() & {"jpg", "png"}
+    if extension == "jpg" and (image_HW3 := decode_jpeg(parts["jpg"], size_HW, least_HW or size_HW)) is not None:
+        return image_HW3
+    with _open_image(parts[extension], extension, size_HW) as image:
+        return _to_rgb(image)
+
+
+def _open_image(data: bytes, what: str, size_HW: tuple[int, int]) -> Image.Image:
+    """The loaded picture; `what` is its extension, for the message and the decoder. It must be of size (H, W)."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=["JPEG" if what == "jpg" else "PNG"])
+        if image.size == size_HW[::-1]:  # looked at first: a damaged header may claim gigabytes
+            image.load()
+            return image
+    except Exception as error:  # a decoder of damaged bytes may raise anything
+        raise ShardError(f"{what} does not decode ({error})") from None
+    raise ShardError(f"{what} is {image.height} x {image.width}, not {size_HW[0]} x {size_HW[1]} as its json says")
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """uint8 H x W x 3. EXIF rotation is left alone: CAMs and masks follow the stored pixels."""
+    if image.mode.startswith("I"):  # 16-bit grey; convert() would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.array(image.convert("RGB"))
+
+
+def decode_mask(data: bytes | None, what: str, size_HW: tuple[int, int], num_classes: int) -> np.ndarray | None:
+    """uint8 H x W of class indices and 255; None for a part the sample has not.
+
+    Raises ShardError naming the part `what` when it is no 8-bit PNG of this size, or holds a class outside 0..K-1.
+    """
+    if data is None:
+        return None
+    mask_HW = decode_mask_png(data, size_HW)
+    if mask_HW is None:
+        mask_HW = _decode_any_mask(data, what, size_HW)
+    if mask_HW.max() >= num_classes and (mask_HW + np.uint8(1)).max() > num_classes:  # IGNORE, 255, becomes 0
+        wrong = mask_HW[(mask_HW >= num_classes) & (mask_HW != IGNORE)][0]
+        raise ShardError(f"{what} holds {wrong}, which is neither 0..{num_classes - 1} nor {IGNORE}")
+    return mask_HW
+
+
+def _decode_any_mask(data: bytes, what: str, size_HW: tuple[int, int]) -> np.ndarray:
+    with _open_image(data, what, size_HW) as image:
+        # Pillow stretches grey of fewer bits to 0..255, so the depth (byte 24 of a PNG) must be 8 to hold indices.
+        if image.mode != "P" and (image.mode != "L" or data[24] != 8):
+            raise ShardError(f"{what} must be 8-bit grey or palette, is {image.mode}; save class indices, not colours")
+        return np.array(image)

@@ -1,0 +1,172 @@
+"""Data sets as lists of items, and how an item becomes a sample: what coco.py, voc.py and folder.py share.
+
+Shapes: H W image pixels, n maps of one image.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from weakclip.data.index import ShardError
+from weakclip.data.sample import Cam, Sample, decode_mask
+from weakclip.datasets.cam_files import read_cam
+from weakclip.labels import IGNORE, palette
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Readable(Protocol):
+    """A file, or what makes its bytes."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a data set and where its parts lie.
+
+    classes: indices in the data set's own class list; None where there are no labels, as for test images. mask: an 8-bit PNG of
+    such indices. size_HW: (H, W) that the annotations are for; None: they don't say.
+    """
+
+    key: str
+    image: Path
+    classes: tuple[int, ...] | None
+    cam: Path | None = None
+    seed: Path | None = None
+    mask: Readable | None = None
+    size_HW: tuple[int, int] | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------- listing
+
+
+def image_names(directory: Path) -> set[str]:
+    """Names of the JPEG and PNG files in a directory, which are known by their suffix."""
+    return {path.name for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+
+
+def check_files(directory: Path, names: Collection[str], listing: Path) -> None:
+    """Raise ShardError unless the images in `directory` are exactly `names`, those that the file `listing` has."""
+    present, listed = image_names(directory), set(names)
+    if missing := listed - present:
+        raise ShardError(f"{directory / min(missing)}: no such JPEG or PNG image{_more(missing)}, but {listing} lists it")
+    if unlisted := present - listed:
+        raise ShardError(f"{directory / min(unlisted)}: {listing} has nothing about this image{_more(unlisted)}")
+
+
+def _more(names: Collection[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def labelled(items: Sequence[Item], class_map: Sequence[int]) -> list[Item]:
+    """The items that keep a label in the class list that `class_map` leads to, and those that have no labels by nature.
+
+    Raises ShardError when two items have the same key, which is their image's name up to the suffix.
+    """
+    counts = Counter(item.key for item in items)
+    if twice := next((item for item in items if counts[item.key] > 1), None):
+        raise ShardError(f"{twice.image}: {counts[twice.key]} images are called {twice.key!r}; rename or drop all but one")
+    return [item for item in items if item.classes is None or any(class_map[index] for index in item.classes)]
+
+
+def with_cams(items: Sequence[Item], directory: Path) -> list[Item]:
+    """The items with their KEY.npy or KEY.npz (maps) and KEY.png (a seed mask) in `directory`; each has one or the other.
+
+    Raises ShardError where there is neither, where there are two files of maps, and for an image without labels.
+    """
+    names = {path.name for path in directory.iterdir()}
+    return [_with_cam(item, directory, names) for item in items]
+
+
+def _with_cam(item: Item, directory: Path, names: set[str]) -> Item:
+    if item.classes is None:
+        raise ShardError(f"{item.image}: has no labels, which its CAM needs; leave --cams out")
+    maps = [directory / f"{item.key}{suffix}" for suffix in (".npy", ".npz") if f"{item.key}{suffix}" in names]
+    seed = directory / f"{item.key}.png" if f"{item.key}.png" in names else None
+    if len(maps) > 1:
+        raise ShardError(f"{maps[0]}: there is {maps[1].name} too; keep one of them")
+    if not maps and not seed:
+        raise ShardError(f"{directory / item.key}.npy: no such file, nor .npz or .png; make the CAM of this image first")
+    return replace(item, cam=maps[0] if maps else None, seed=seed)
+
+
+def version(item: Item) -> str:
+    """Tells an item from what it was before one of its files changed. Raises OSError naming a file that is missing."""
+    files = [path.stat() for path in (item.image, item.cam, item.seed, item.mask) if isinstance(path, Path)]
+    return repr((item, [(file.st_size, file.st_mtime_ns) for file in files]))
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_item(item: Item, class_map: Sequence[int], cam_keys: str = "foreground0") -> Sample:
+    """Read the files of one item and turn its classes by `class_map` (labels.class_map) into those of the set to build.
+
+    Raises ShardError or OSError naming the file that is at fault.
+    """
+    data = item.image.read_bytes()
+    size_HW, classes = _image_size(data, item.image), item.classes or ()
+    if item.size_HW not in (None, size_HW):
+        raise ShardError(f"{item.image}: its size is {size_HW}, its annotations are for {item.size_HW}")
+    sample = Sample(
+        key=item.key,
+        image=data,
+        image_ext="png" if data.startswith(_PNG) else "jpg",
+        classes=classes,
+        height=size_HW[0],
+        width=size_HW[1],
+        source=f"{item.image.parent.name}/{item.image.name}",
+        cam=read_cam(item.cam, size_HW, classes, cam_keys) if item.cam else None,
+        seed=item.seed.read_bytes() if item.seed else None,
+        mask=item.mask.read_bytes() if item.mask else None,
+    )
+    return sample if tuple(class_map) == tuple(range(len(class_map))) else _translated(sample, class_map)
+
+
+def _image_size(data: bytes, file: Path) -> tuple[int, int]:
+    """(H, W) by the header; the rest is decoded when the sample is checked as a whole."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG", "PNG"]) as image:
+            return image.height, image.width
+    except Exception as error:  # a decoder of damaged bytes may raise anything
+        raise ShardError(f"{file}: not a JPEG or PNG image ({error})") from None
+
+
+def _translated(sample: Sample, class_map: Sequence[int]) -> Sample:
+    """The sample in another class list: class c becomes class_map[c], 0 leaves labels and CAMs and is background in masks."""
+    lut = np.full(256, IGNORE, np.uint8)
+    lut[: len(class_map)] = class_map
+
+    def translated(data: bytes | None, what: str) -> bytes | None:
+        mask_HW = decode_mask(data, what, (sample.height, sample.width), len(class_map))
+        return None if mask_HW is None else mask_png(lut[mask_HW])
+
+    cam = sample.cam
+    if cam:
+        kept = sorted((class_map[index], n) for n, index in enumerate(cam.classes) if class_map[index])
+        cam = Cam(tuple(index for index, _ in kept), cam.maps_nhw[[n for _, n in kept]], cam.scale)
+    classes = tuple(sorted({class_map[index] for index in sample.classes} - {0}))
+    try:
+        seed, mask = translated(sample.seed, "seed.png"), translated(sample.mask, "mask.png")
+    except ShardError as error:
+        raise ShardError(f"{sample.source}: {sample.key}: {error}") from None
+    return replace(sample, classes=classes, cam=cam, seed=seed, mask=mask)
+
+
+def mask_png(mask_HW: np.ndarray) -> bytes:
+    """A mask of class indices, uint8 H x W, as an 8-bit palette PNG."""
+    picture = Image.fromarray(mask_HW)
+    picture.putpalette(palette())
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

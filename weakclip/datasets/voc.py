@@ -1,0 +1,97 @@
+"""PASCAL VOC 2012 in the layout of its development kit, with the lists and masks that segmentation papers add to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from tqdm import tqdm
+
+from weakclip.data.index import ShardError
+from weakclip.datasets.cam_files import read_dict
+from weakclip.datasets.items import Item
+from weakclip.labels import VOC
+
+MASKS = ("SegmentationClass", "SegmentationClassAug")
+"""Where the masks are: VOC's own, then those that trainaug has from SBD."""
+
+
+def voc_items(devkit: Path, split: str, labels: Path | None = None, with_masks: bool = False) -> list[Item]:
+    """The images of a split, in its order. Its classes are those of all objects in the image's XML, difficult ones included.
+
+    split: a list in `devkit`/ImageSets/Segmentation, such as trainaug, or a file like them; test images have no labels.
+    labels: a cls_labels.npy, for images that have no XML. Raises ShardError or OSError naming the file that is at fault.
+    """
+    if not (devkit / "JPEGImages").is_dir():
+        raise ShardError(f"{devkit}: has no JPEGImages; --devkit is the directory VOCdevkit/VOC2012")
+    if split == "test" and labels:
+        raise ShardError(f"{labels}: VOC's test images have no labels; leave --labels out")
+    multi_hot = _read_labels(labels) if labels else {}
+    items = []
+    with tqdm(_read_split(devkit, split), unit=" images", desc="labels") as keys:
+        for key in keys:
+            image = devkit / "JPEGImages" / f"{key}.jpg"
+            if not image.is_file():
+                raise ShardError(f"{image}: no such image, but {split} lists it")
+            classes = None if split == "test" else _classes(devkit / "Annotations" / f"{key}.xml", multi_hot, key)
+            items.append(Item(key, image, classes, mask=_find_mask(devkit, key) if with_masks else None))
+    return items
+
+
+def _read_split(devkit: Path, split: str) -> list[str]:
+    """The names in a list: the first word of each line, which some repositories write as /JPEGImages/NAME.jpg."""
+    own = devkit / "ImageSets" / "Segmentation" / f"{split}.txt"
+    file = own if own.is_file() else Path(split)
+    if not file.is_file():
+        raise ShardError(f"{own}: no such split, nor is {split!r} a file; --split is a name in that directory or a list of names")
+    try:
+        lines = file.read_text().splitlines()
+    except ValueError as error:
+        raise ShardError(f"{file}: not a list of names ({error})") from None
+    return [Path(line.split()[0]).stem for line in lines if line.strip()]
+
+
+def _find_mask(devkit: Path, key: str) -> Path:
+    found = next((file for folder in MASKS if (file := devkit / folder / f"{key}.png").is_file()), None)
+    if found is None:
+        raise ShardError(f"{devkit / MASKS[0] / key}.png: no such mask, nor in {MASKS[1]}; fetch it, or leave --masks out")
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+def _classes(xml: Path, multi_hot: dict[Any, Any], key: str) -> tuple[int, ...]:
+    if xml.is_file():
+        return _xml_classes(xml)
+    # IRN's file has integers for names: 2007000032.
+    number = int(key.replace("_", "")) if key.replace("_", "").isdecimal() else None
+    if (name := next((name for name in (key, number) if name in multi_hot), None)) is None:
+        raise ShardError(f"{xml}: no such file; give the labels of {key} in a cls_labels.npy by --labels")
+    hot_n = multi_hot[name]
+    if not isinstance(hot_n, np.ndarray) or hot_n.shape != (len(VOC) - 1,) or not np.isin(hot_n, (0, 1)).all():
+        raise ShardError(f"--labels: those of {name!r} are not {len(VOC) - 1} zeros and ones, one a class without background")
+    return tuple((np.flatnonzero(hot_n) + 1).tolist())
+
+
+def _read_labels(file: Path) -> dict[Any, Any]:
+    if file.suffix not in (".npy", ".npz"):
+        raise ShardError(f"{file}: --labels is a .npy or .npz of {{name: {len(VOC) - 1} zeros and ones}}")
+    return read_dict(file)
+
+
+def _xml_classes(file: Path) -> tuple[int, ...]:
+    """Class indices of the objects in one annotation, ascending."""
+    data = file.read_bytes()
+    try:
+        root = ElementTree.fromstring(data)
+    except Exception as error:  # a parser of damaged bytes may raise nearly anything
+        raise ShardError(f"{file}: not XML ({error})") from None
+    if root.tag != "annotation":
+        raise ShardError(f"{file}: not a VOC annotation: its root is <{root.tag:.40}>")
+    names = {(found.findtext("name") or "").strip() for found in root.findall("object")}
+    if strangers := names - set(VOC[1:]):
+        raise ShardError(f"{file}: object {min(strangers)!r:.40} is not one of VOC's {len(VOC) - 1} classes")
+    return tuple(sorted(VOC.index(name) for name in names))

@@ -1,0 +1,246 @@
+"""Writing a shard set, shard by shard: by one process or many jobs, and what was stopped goes on.
+
+In the making it lies at OUT.partial:  build.json  shard-00000.tar  shard-00000.json  ...  (each with its part of the index).
+When all are there, the parts become index.json, and OUT.partial becomes OUT: a set is whole or absent.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from tqdm import tqdm
+
+from weakclip.config import ConfigError
+from weakclip.data.index import INDEX, Entry, Index, Shard, ShardError, parse_shard, sha256
+from weakclip.data.sample import PackedSample, Sample, check_parts
+from weakclip.data.storage import Storage
+from weakclip.runtime.atomic import whole, write_whole
+from weakclip.runtime.workers import map_in_processes
+
+BUILD = "build.json"
+"""In a set that a recipe made, and in OUT.partial: what decided the samples (`Build.about`), and of how many shards it is."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Build(Generic[T]):
+    """A shard set to make at `out`: the samples that `load` makes of `items`.
+
+    about: what decides the samples beside the items, for JSON. version: tells an item from what it was before one of its files
+    changed. samples_per_shard: of all but the last, or of each. The bytes depend on the samples and `samples_per_shard`, not on
+    processes and jobs. With more than one process `items` and `load` must pickle. Raises ShardError when there is nothing to
+    write.
+    """
+
+    items: Sequence[T]
+    load: Callable[[T], Sample | PackedSample]
+    out: Path
+    classes: Sequence[str]
+    samples_per_shard: int | Sequence[int] = 256
+    about: Mapping[str, Any] = field(default_factory=dict)
+    version: Callable[[T], str] = str
+
+    def __post_init__(self) -> None:
+        if isinstance(self.samples_per_shard, int) and self.samples_per_shard < 1:
+            raise ShardError("samples_per_shard must be at least 1")
+        if not self.items:
+            raise ShardError(f"{self.out}: there are no images to write")
+
+    @property
+    def shards(self) -> int:
+        """How many there will be."""
+        sizes = self.samples_per_shard
+        return math.ceil(len(self.items) / sizes) if isinstance(sizes, int) else len(sizes)
+
+    def run(self, processes: int = 1, numbers: range | None = None) -> Index | None:
+        """Write those of the shards `numbers` (None: all) that aren't there yet, each process whole ones.
+
+        Who writes the last finishes the set and returns its index; None while shards are missing. Raises ShardError naming the
+        key when a sample fails a check, and when `out` or OUT.partial holds something else; what `load` raises passes through.
+        """
+        if processes < 1:
+            raise ShardError("processes must be at least 1")
+        numbers = range(self.shards) if numbers is None else numbers
+        work = claim(self.out, {**self.about, "shards": self.shards})
+        missing = [number for number in numbers if self._written(work, number) is None]
+        chunks = [self._chunk(number) for number in missing]
+        try:
+            with tqdm(total=sum(map(len, chunks)), unit=" images", desc=self.out.name) as bar:
+                paths = [work / f"{_name(number)}.tar" for number in missing]
+                # Another process's samples are seen when its shard is there.
+                load = self.load if processes > 1 else _counting(self.load, bar)
+                write = partial(_write_shard, load, len(self.classes))
+                for number, shard in zip(
+                    missing, map_in_processes(write, processes, [*zip(paths, chunks, strict=True)]), strict=True
+                ):
+                    note = {"version": self._version(number), "shard": shard.as_dict()}
+                    write_whole(work / f"{_name(number)}.json", json.dumps(note) + "\n")
+                    bar.update(len(shard.samples) if processes > 1 else 0)
+        except BaseException:
+            with _alone(work) as there:
+                if there and [path.name for path in work.iterdir()] == [BUILD]:  # nothing to go on from, and no other job writes
+                    shutil.rmtree(work)
+            raise
+        return self._finish(work)
+
+    def _chunk(self, number: int) -> Sequence[T]:
+        sizes = self.samples_per_shard
+        if isinstance(sizes, int):
+            return self.items[number * sizes : (number + 1) * sizes]
+        return self.items[sum(sizes[:number]) : sum(sizes[: number + 1])]
+
+    def _version(self, number: int) -> str:
+        """Of all that decides a shard's bytes."""
+        versions = [self.version(item) for item in self._chunk(number)]
+        return hashlib.sha256(json.dumps([self.about, self.classes, versions]).encode()).hexdigest()
+
+    def _written(self, work: Path, number: int) -> Shard | None:
+        """A shard that is there, of the items as they are now."""
+        path = work / f"{_name(number)}.json"
+        try:
+            note = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        return parse_shard(note["shard"], str(path)) if note["version"] == self._version(number) else None
+
+    def _finish(self, work: Path) -> Index | None:
+        with _alone(work) as there:
+            if not there:  # another job has finished the set
+                return Index.load(self.out)
+            found = [self._written(work, number) for number in range(self.shards)]
+            shards = tuple(shard for shard in found if shard is not None)
+            if len(shards) < len(found):
+                return None
+            Index(Storage.of(work), tuple(self.classes), shards).save()
+            index = Index.load(work)
+            for number in range(self.shards):
+                (work / f"{_name(number)}.json").unlink()
+            if not self.about:
+                (work / BUILD).unlink()
+            work.rename(self.out)
+        return replace(index, storage=Storage.of(self.out))
+
+
+def build_shards(
+    items: Sequence[T],
+    load: Callable[[T], Sample | PackedSample],
+    out: str | Path,
+    classes: Sequence[str],
+    samples_per_shard: int = 256,
+    processes: int = 1,
+) -> Index:
+    """Make a set of what is not kept in files, in one go: a build that fails leaves nothing. Raises what `Build` raises."""
+    build = Build(items, load, Path(out).resolve(), classes, samples_per_shard)
+    if partial_folder(build.out).exists():
+        message = "a build is running, or one was killed; if none is running remove this directory, then build again"
+        raise ShardError(f"{partial_folder(build.out)}: {message}")
+    try:
+        index = build.run(processes)
+    except BaseException:
+        shutil.rmtree(partial_folder(build.out), ignore_errors=True)
+        raise
+    assert index is not None
+    return index
+
+
+def partial_folder(out: Path) -> Path:
+    """Where a set lies while it is made."""
+    return out.with_name(out.name + ".partial")
+
+
+def noted(out: Path) -> dict[str, Any] | None:
+    """What BUILD says in the set `out`, or in OUT.partial where that is not whole; None where it says nothing."""
+    note = (out if (out / INDEX).is_file() else partial_folder(out)) / BUILD
+    return json.loads(note.read_text()) if note.is_file() else None
+
+
+def written(out: Path, about: Mapping[str, Any], key: str, by: str) -> tuple[int, int] | None:
+    """How many shards of the set that `about` decides are there, and of how many; None where it was not begun.
+
+    key: of the recipe, that names `out`. by: the key that says what is made. Raises ConfigError when something else is there.
+    """
+    whole, earlier = (out / INDEX).is_file(), noted(out)
+    folder = out if whole else partial_folder(out)
+    if earlier is None:
+        if whole:
+            raise ConfigError(f"{key}: {out} was not made by {by}; remove it, or leave {by} out")
+        return None
+    if earlier | dict(about) != earlier:
+        raise ConfigError(f"{key}: {folder} is of another {by} (see {BUILD} in it); remove it")
+    return earlier["shards"] if whole else len([*folder.glob("shard-*.json")]), earlier["shards"]
+
+
+def claim(out: Path, about: Mapping[str, Any]) -> Path:
+    """Make the folder OUT.partial, or see that it is of the same build. Raises ShardError when it is not, or `out` is in use."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ShardError(f"{out}: holds files already; remove it, or build into another directory")
+    work = partial_folder(out)
+    work.mkdir(parents=True, exist_ok=True)
+    with _alone(work):
+        if (work / BUILD).exists():
+            if json.loads((work / BUILD).read_text()) != json.loads(json.dumps(about)):
+                raise ShardError(f"{work}: another build was stopped here (see {BUILD} in it); remove it to begin anew")
+        elif any(work.iterdir()):
+            raise ShardError(f"{work}: holds files that are no shards in the making; remove it to begin anew")
+        else:
+            write_whole(work / BUILD, json.dumps(about) + "\n")
+    return work
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Jobs that come to it at the same time take turns; False where the folder has gone."""
+    try:
+        directory = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield folder.is_dir()
+    finally:
+        os.close(directory)
+
+
+def _name(number: int) -> str:
+    return f"shard-{number:05d}"
+
+
+def _counting(load: Callable[[T], Sample | PackedSample], bar: Any) -> Callable[[T], Sample | PackedSample]:
+    def counted(item: T) -> Sample | PackedSample:
+        sample = load(item)
+        bar.update()
+        return sample
+
+    return counted
+
+
+def _write_shard(load: Callable[[T], Sample | PackedSample], num_classes: int, work: tuple[Path, Sequence[T]]) -> Shard:
+    from webdataset.writer import TarWriter  # imports torch, which those who only read shards need not load
+
+    (path, items), entries = work, []
+    with whole(path) as unfinished:
+        with open(unfinished, "xb") as file, TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:
+            for item in items:
+                sample = load(item)
+                parts = sample.encode()
+                try:
+                    check_parts(parts, sample.key, num_classes)
+                except ShardError as error:
+                    raise ShardError(f"{sample.source}: {sample.key}: {error}") from None
+                start = tar.tarstream.offset
+                tar.write({"__key__": sample.key, **parts})
+                entries.append(Entry(path.name, sample.key, start, tar.tarstream.offset - start))
+        return Shard(path.name, unfinished.stat().st_size, sha256(unfinished), tuple(entries))

@@ -1,0 +1,229 @@
+"""Send stages of a run to Slurm, or to this machine where there is none.
+
+python launch/submit.py --stage train --config configs/voc.yaml [--nodes 2] [--gpus-per-node 8] [--dry-run] [key=value ...]
+python launch/submit.py --stage all --config configs/voc.yaml --defaults configs/cluster/example.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from submitit.core.core import Job
+from submitit.core.utils import FailedJobError
+from submitit.local.local import LocalExecutor
+from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+
+from weakclip import cam, cli, labels
+from weakclip.config import Config, ConfigError
+from weakclip.data.index import Index
+from weakclip.launch import journal, logs, slurm
+from weakclip.launch.job import StageJob
+from weakclip.launch.journal import Entry
+from weakclip.launch.resources import Resources, add_options
+from weakclip.runtime import lock
+from weakclip.stages import MAKERS, STAGES, Stage, chain
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage that is to run. parts: slices of the shards for an array's tasks; a single null where ranks work together."""
+
+    stage: Stage
+    resources: Resources
+    parts: list[str | None]
+    folder: Path
+    name: str
+
+    @property
+    def tasks(self) -> int | None:
+        """Of the array, if it is one."""
+        return len(self.parts) if len(self.parts) > 1 else None
+
+    def jobs(self, config: Config) -> list[StageJob]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = journal.write_config(config, self.folder)
+        return [StageJob(self.stage.name, path, part, self.resources.requeues) for part in self.parts]
+
+    def script(self, code: Path) -> str:
+        """The batch script as Slurm will get it, but for the jobs that it has to wait for."""
+        folder = self.folder.absolute()
+        command = f"{self.python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        return _make_sbatch_string(command, folder, map_count=self.tasks, **self.resources.slurm(self.name, _setup(code)))
+
+    @property
+    def python(self) -> str:
+        image = self.resources.container
+        apptainer = image is not None and image.endswith(".sif")
+        return f"apptainer exec --nv {shlex.quote(str(image))} python3" if apptainer else shlex.quote(sys.executable)
+
+
+def make_plans(config: Config, options: argparse.Namespace) -> list[Plan]:
+    """Plans of those stages that are asked for and not complete. Raises ConfigError where something is in the way."""
+    asked = {name: getattr(options, name) for name in asdict(Resources()) if hasattr(options, name)}
+    defaults = Resources.read(options.defaults, asked)
+    stages = [STAGES[options.stage]] if options.stage != "all" else chain(config)
+    if options.stage in ("classify", "cam"):
+        cam.open_labelled(config)  # alone it has no stage before it that would build the set
+    made = {stage.name: stage.progress(config, None) for stage in stages if stage.name in MAKERS}
+    ready = all(progress.complete for progress in made.values())
+    index = _index(config) if ready and any(stage.data == "train" for stage in stages) else None
+
+    def shards(stage: Stage) -> int:
+        """Of the set that the stage works on, be it still to be made: all that stages make have as many."""
+        if stage.data == "val":
+            return len(Index.load(str(config.data.val), config.data).shards)
+        return len(index.shards) if index else next(iter(made.values())).total
+
+    plans: list[Plan] = []
+    for stage in stages:
+        progress = made.get(stage.name) or stage.progress(config, index)
+        if progress.complete and not plans:  # what comes after a stage that runs is to be made anew
+            print(f"{stage.name}: complete ({progress}), skipped")
+            continue
+        if progress.done and plans and not stage.overwrites:
+            before = plans[-1].stage.name
+            raise ConfigError(
+                f"{stage.name}: {progress} are there of an earlier {before}; remove them, submit {before} alone, or set run"
+            )
+        resources = defaults.of(stage, asked)
+        parts: list[str | None] = [None] if stage.ranks else slices(shards(stage), resources, options.array_size)
+        folder = journal.next_folder(Path(config.run), stage.name, skip=len(plans))
+        plans.append(Plan(stage, resources, parts, folder, f"{options.name or Path(config.run).name}-{stage.name}"))
+    return plans
+
+
+def _index(config: Config) -> Index:
+    """Of data.train."""
+    index = Index.load(config.data.train, config.data)
+    labels.check_same(labels.class_names(config.classes), index.classes, str(index.storage))
+    return index
+
+
+def slices(shards: int, resources: Resources, asked: int | None) -> list[str | None]:
+    """The shards in `array_size` even parts, or in as many as there are. Raises ConfigError where more were `asked` for."""
+    if asked is not None and asked > shards:
+        raise ConfigError(f"--array-size {asked}: there are {shards} shards, of which each task takes at least one")
+    tasks = min(resources.array_size, shards)
+    return [f"{task * shards // tasks}:{(task + 1) * shards // tasks}" for task in range(tasks)]
+
+
+def check_free(run: Path, on_slurm: bool) -> None:
+    """Raises ConfigError when a job of this run waits or works."""
+    lock.check(run)
+    for entry in journal.read(run) if on_slurm else []:
+        if entry.cluster == "slurm" and lock.job_lives(entry.job):
+            raise ConfigError(f"run: job {entry.job} ({entry.stage}) waits or works on {run}; scancel {entry.job} ends it")
+
+
+def to_slurm(plans: Sequence[Plan], config: Config, dependency: str | None) -> None:
+    """Submit all, each after the one before. Raises ConfigError with Slurm's words when it takes one of them not."""
+    run = Path(config.run)
+    if dependency:
+        slurm.check_dependency(dependency)
+    for plan in plans:
+        slurm.check(plan.script(journal.code_folder(run)))
+    code = journal.copy_code(run)
+    submitted: list[str] = []
+    for plan in plans:
+        # Requeues are limited by StageJob, which counts them itself.
+        executor = SlurmExecutor(plan.folder, max_num_timeout=1_000_000, python=plan.python)
+        executor.update_parameters(**plan.resources.slurm(plan.name, _setup(code), dependency))
+        try:
+            with slurm.outside_any_job():
+                jobs = executor.submit_array(plan.jobs(config)) if plan.tasks else [executor.submit(*plan.jobs(config))]
+        except FailedJobError as error:
+            if submitted:
+                subprocess.run(["scancel", *submitted], check=False)
+            raise ConfigError(f"{plan.stage.name}: Slurm rejects it: {' '.join(str(error).split())}") from None
+        job = jobs[0].job_id.split("_")[0]
+        journal.add(run, Entry.of(plan.stage.name, job, plan.tasks, "slurm", plan.folder, submitted[-1:]))
+        array = f"_[0-{plan.tasks - 1}]" if plan.tasks else ""
+        print(f"{plan.stage.name:<10}job {job + array:<14}logs {plan.folder}/{job}_*_log.*")
+        submitted.append(job)
+        dependency = f"afterok:{job}"
+    print(f"progress  python launch/status.py {run}\ncurves    tensorboard --logdir {run}/tensorboard")
+    print(f"cancel    scancel {' '.join(submitted)}")
+
+
+def to_this_machine(plans: Sequence[Plan], config: Config) -> None:
+    """Run all here, one after the other, and show what they say. Raises ConfigError when one fails."""
+    run = Path(config.run)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(journal.copy_code(run)), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    for plan in plans:
+        print(f"{plan.stage.name}: on this machine; logs in {plan.folder}")
+        executor = LocalExecutor(plan.folder, max_num_timeout=1_000_000)
+        executor.update_parameters(**plan.resources.local())
+        waiting = plan.jobs(config)
+        while waiting:
+            at_once = [waiting.pop(0) for _ in waiting[: plan.resources.array_parallelism]]
+            jobs = [executor.submit(job) for job in at_once]
+            name = ",".join(job.job_id for job in jobs)
+            journal.add(run, Entry.of(plan.stage.name, name, plan.tasks, "local", plan.folder, []))
+            _wait(jobs, plan)
+
+
+def _wait(jobs: Sequence[Job[None]], plan: Plan) -> None:
+    """Until all have ended, showing what the first one's rank 0 says."""
+    try:
+        with jobs[0].paths.stderr.open("a+") as log:
+            log.seek(0)
+            while not all(job.done() for job in jobs):
+                time.sleep(0.5)
+                sys.stderr.write(log.read())
+            sys.stderr.write(log.read())
+    except KeyboardInterrupt:
+        for job in jobs:
+            job.cancel()
+        raise
+    for job in jobs:
+        if job.exception() is not None:
+            raise ConfigError(f"{plan.stage.name} failed: {logs.last_line(plan.folder, job.job_id).removeprefix('error: ')}")
+
+
+def dry_run(plans: Sequence[Plan], config: Config, on_slurm: bool) -> None:
+    """Print what would be submitted."""
+    for plan in plans:
+        print(f"# ---- {plan.stage.name}: {f'an array of {plan.tasks} tasks' if plan.tasks else 'one job'}")
+        print(plan.script(journal.code_folder(Path(config.run))) if on_slurm else plan.resources.local())
+    print(f"# ---- the recipe\n{OmegaConf.to_yaml(OmegaConf.structured(config))}")
+
+
+def _setup(code: Path) -> list[str]:
+    """A job runs the copy of the program that was made as it was submitted."""
+    return [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+
+
+def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+    parser = argparse.ArgumentParser(prog="python launch/submit.py", description="Send stages to Slurm, or to this machine.")
+    parser.add_argument("--stage", required=True, choices=[*STAGES, "all"], help="all: one after the other")
+    parser.add_argument("--cluster", choices=["auto", "slurm", "local"], default="auto", help="auto: Slurm where it answers")
+    defaults = environment.get("WEAKCLIP_CLUSTER")
+    parser.add_argument("--defaults", type=Path, metavar="FILE", default=defaults and Path(defaults), help="$WEAKCLIP_CLUSTER")
+    parser.add_argument("--dependency", metavar="TEXT", help="what the first job waits for, such as afterok:123")
+    parser.add_argument("--name", metavar="TEXT", help="the jobs' name (default: the run's)")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch scripts and the recipe; submit nothing")
+    add_options(parser)
+    config, options = cli.parse_config(parser, arguments)
+    on_slurm = options.cluster == "slurm" or (options.cluster == "auto" and slurm.answers())
+    plans = make_plans(config, options)
+    if options.dry_run:
+        dry_run(plans, config, on_slurm)
+        return
+    check_free(Path(config.run), on_slurm)
+    if plans and on_slurm:
+        to_slurm(plans, config, options.dependency)
+    elif plans:
+        to_this_machine(plans, config)
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,137 @@
+"""A folder of masks: KEY.png, 8-bit palette PNGs of class indices, and about.json, which says what made them. Where they are
+wanted, KEY.npz holds the probabilities that a mask was made of."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from weakclip import labels
+from weakclip.config import Config, ConfigError
+from weakclip.data.index import Entry, ShardError, sha256
+from weakclip.runtime.atomic import write_whole
+
+
+def about(config: Config, weights: Path) -> dict[str, Any]:
+    """What decides how the masks come out, for JSON."""
+    decides = {name: value for name, value in asdict(config.pseudo).items() if name not in ("processes", "soft")}
+    return {"weights": sha256(weights), "scale": config.data.scale, **decides}
+
+
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """What made the masks in `folder`; None where none have been begun."""
+    note = folder / "about.json"
+    return json.loads(note.read_text()) if note.is_file() else None
+
+
+def claim(folder: Path, config: Config, weights: Path) -> None:
+    """Make `folder`, or see that what is in it was made by the same weights and options.
+
+    Raises ConfigError when it was not: masks of two models are never mixed.
+    """
+    now, earlier = about(config, weights), read_about(folder)
+    if earlier is not None and earlier != now:
+        raise ConfigError(
+            f"{folder} holds masks of other weights or options (see {folder}/about.json); give another --out or remove it"
+        )
+    if earlier is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Other tasks of an array may be claiming it at this moment, or have been killed as they did.
+        if any(
+            path.name != "about.json" and path.suffix != ".partial" for path in folder.iterdir() if read_about(folder) is None
+        ):
+            raise ConfigError(f"{folder} holds files that are no pseudo masks; give another --out")
+        write_whole(folder / "about.json", json.dumps(now, indent=1) + "\n")
+
+
+def remove_unfinished(folder: Path, entries: Iterable[Entry]) -> None:
+    """What a killed task left half-written of the masks of `entries`, which no other task makes."""
+    keys = {entry.key for entry in entries}
+    for path in folder.glob("*.partial"):
+        if path.name.partition(".")[0] in keys:
+            path.unlink(missing_ok=True)
+
+
+def fingerprint(folder: Path) -> str:
+    """Of what made the masks in `folder`."""
+    return sha256(folder / "about.json")
+
+
+def missing(folder: Path, entries: Iterable[Entry], soft: bool = False) -> list[Entry]:
+    """Those that have no mask yet. soft: or no probabilities."""
+    made = {path.stem for path in folder.glob("*.png")}
+    made &= {path.stem for path in folder.glob("*.npz")} if soft else made
+    return [entry for entry in entries if entry.key not in made]
+
+
+def is_made(folder: Path, key: str, soft: bool = False) -> bool:
+    """Whether `missing` would leave it out."""
+    return (folder / f"{key}.png").exists() and (not soft or soft_path(folder, key).exists())
+
+
+def soft_path(folder: Path, key: str) -> Path:
+    return folder / f"{key}.npz"
+
+
+def save_soft(classes_n: np.ndarray, probs_nHW: np.ndarray, path: Path) -> None:
+    """Probabilities 0..1 as 255ths."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, classes=classes_n, probs=np.rint(255 * probs_nHW).astype(np.uint8))
+    write_whole(path, buffer.getvalue())
+
+
+def save(mask_HW: np.ndarray, path: Path) -> None:
+    write_whole(path, encode(mask_HW))
+
+
+def encode(mask_HW: np.ndarray) -> bytes:
+    """A palette PNG."""
+    picture = Image.fromarray(mask_HW)
+    picture.putpalette(labels.palette())
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read(folder: Path, key: str) -> np.ndarray:
+    """The mask KEY.png, uint8 H x W. Raises ValueError naming the file when it is missing or no 8-bit mask."""
+    path = folder / f"{key}.png"
+    try:
+        with Image.open(path) as picture:
+            if picture.mode not in ("P", "L"):
+                raise ValueError(f"{path}: a mask is an 8-bit palette or grey PNG, this is {picture.mode}")
+            return np.array(picture)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; write it with python -m weakclip.pseudo") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error}; remove it and run python -m weakclip.pseudo again") from None
+
+
+def read_soft(folder: Path, key: str) -> np.ndarray:
+    """The mask that the probabilities in KEY.npz alone give, without a CRF: uint8 H x W."""
+    with np.load(soft_path(folder, key)) as found:
+        return found["classes"][found["probs"].argmax(0)].astype(np.uint8)
+
+
+def read_target(folder: Path, key: str, size: tuple[int, int], num_classes: int) -> np.ndarray:
+    """The mask KEY.png as what a network is trained towards, uint8 H x W.
+
+    Raises ShardError naming the file when it is missing, damaged, of another size than its picture or of other classes.
+    """
+    try:
+        mask_HW = read(folder, key)
+    except ValueError as error:
+        raise ShardError(str(error)) from error
+    if mask_HW.shape != size:
+        raise ShardError(f"{folder / key}.png: {mask_HW.shape[1]} x {mask_HW.shape[0]}, but the picture is {size[1]} x {size[0]}")
+    highest = mask_HW.max(where=mask_HW != labels.IGNORE, initial=0)
+    if highest >= num_classes:
+        raise ShardError(f"{folder / key}.png: has class {highest}, but there are {num_classes}")
+    return mask_HW

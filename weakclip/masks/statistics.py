@@ -1,0 +1,84 @@
+"""What can be said of pseudo masks without ground truth: do they agree with the seeds, is the network sure, which classes?"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from weakclip.labels import IGNORE
+from weakclip.masks.fallback import Likely
+
+EVERY = 20  # masks between two points of a curve
+
+
+class Quality(NamedTuple):
+    """Of one mask."""
+
+    pixels_K: np.ndarray
+    """int64, how many of each class."""
+    seeded: int
+    """Pixels with a seed that is not ignored."""
+    agreeing: int
+    """Those of them on which mask and seed agree."""
+    entropy: float
+    """Nats, mean over pixels; what belongs to no likely class counts as one class more."""
+
+
+def measure(mask_HW: np.ndarray, found: Likely, seed_HW: np.ndarray | None, num_classes: int) -> Quality:
+    """seed_HW: uint8, IGNORE where there is none; null: the image has none at all."""
+    rest_1HW = 1 - found.probs_nHW.sum(0, keepdims=True)
+    probs_nHW = np.concatenate([found.probs_nHW, rest_1HW]).clip(1e-12, 1)
+    entropy = -float((probs_nHW * np.log(probs_nHW)).sum(0).mean())
+    seeded_HW = np.zeros_like(mask_HW, bool) if seed_HW is None else seed_HW != IGNORE
+    agreeing = 0 if seed_HW is None else int((mask_HW[seeded_HW] == seed_HW[seeded_HW]).sum())
+    return Quality(np.bincount(mask_HW.ravel(), minlength=num_classes), int(seeded_HW.sum()), agreeing, entropy)
+
+
+class Curves:
+    """Of masks in the order in which they are made, to TensorBoard."""
+
+    def __init__(self, folder: Path, made: int) -> None:
+        """made: how many masks there are already; curves go on from there."""
+        self._board = SummaryWriter(str(folder), purge_step=made + 1)
+        self._step, self._since, self._recent = made, time.perf_counter(), list[Quality]()
+        self._begin, self._all = self._since, list[tuple[int, int]]()
+
+    def add(self, quality: Quality) -> None:
+        self._recent.append(quality)
+        self._all.append((quality.seeded, quality.agreeing))
+        self._step += 1
+        if len(self._recent) == EVERY:
+            self._write()
+
+    def close(self) -> str:
+        """Write the last points; one line about all masks."""
+        if self._recent:
+            self._write()
+        self._board.close()
+        number, seconds = len(self._all), time.perf_counter() - self._begin
+        line = f"{number} masks, {number / seconds:.2f} images/s"
+        shares = [agreeing / seeded for seeded, agreeing in self._all if seeded]
+        return f"{line}, {100 * np.mean(shares):.1f} % of seeded pixels agree on average" if shares else line
+
+    def _write(self) -> None:
+        now, recent = time.perf_counter(), self._recent
+        self._board.add_scalar("images_per_second", len(recent) / (now - self._since), self._step)
+        self._board.add_scalar("entropy", np.mean([quality.entropy for quality in recent]), self._step)
+        shares = [quality.agreeing / quality.seeded for quality in recent if quality.seeded]
+        if shares:
+            self._board.add_scalar("seed_agreement_percent", 100 * np.mean(shares), self._step)
+        self._classes(np.sum([quality.pixels_K for quality in recent], axis=0))
+        self._board.flush()
+        self._since, self._recent = now, []
+
+    def _classes(self, pixels_K: np.ndarray) -> None:
+        """Share of the pixels a class, as a histogram whose bucket k is class k."""
+        shares_K, classes_K = pixels_K / pixels_K.sum(), np.arange(len(pixels_K))
+        self._board.add_histogram_raw(
+            "classes", 0, len(shares_K) - 1, 1.0, float(shares_K @ classes_K), float(shares_K @ classes_K**2),
+            bucket_limits=(classes_K + 0.5).tolist(), bucket_counts=shares_K.tolist(), global_step=self._step,
+        )  # fmt: skip

@@ -1,0 +1,167 @@
+"""open_clip -> a frozen vision tower with taps and a frozen text tower with room for prompts.
+
+B images, K classes, L tokens, N prompts, D width, E joint embedding, h x w token grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weakclip.config import ClipConfig, ConfigError
+from weakclip.models.pretrained import load_clip, open_clip
+
+
+class VisionFeatures(NamedTuple):
+    taps: list[Tensor]
+    """Four maps, B x D x h x w, patch tokens only."""
+    global_BE: Tensor
+    visual_BEhw: Tensor
+
+
+class VisionTower(nn.Module):
+    """A CLIP ViT that is tapped at four depths. None of its parameters needs a gradient, so nothing is kept for backward."""
+
+    def __init__(self, visual: Any, config: ClipConfig) -> None:
+        super().__init__()
+        self.patch = int(visual.conv1.kernel_size[0])
+        self.width = int(visual.conv1.out_channels)
+        self.conv1, self.ln_pre, self.ln_post = visual.conv1, visual.ln_pre, visual.ln_post
+        self.class_embedding: nn.Parameter = visual.class_embedding
+        self.proj: nn.Parameter = visual.proj
+        self.grid = config.image_size // self.patch
+        self.positional_embedding = nn.Parameter(_resize_positions(visual.positional_embedding.detach(), self.grid, self.grid))
+        self.blocks = visual.transformer.resblocks
+        depth = len(self.blocks)
+        self.taps = tuple(config.taps or (round(depth * part) - 1 for part in (1 / 3, 1 / 2, 2 / 3, 1)))
+        if not all(0 <= tap < depth for tap in self.taps):
+            raise ConfigError(f"clip.taps is {list(self.taps)}, but this vision tower has blocks 0..{depth - 1}")
+        self.drop_paths = tuple(config.drop_path * index / max(depth - 1, 1) for index in range(depth))
+
+    def forward(self, images_B3HW: Tensor, drop_path: bool = False) -> VisionFeatures:
+        """Features of normalised images whose sides are multiples of the patch. `drop_path`: stochastic depth is active."""
+        h, w = (side // self.patch for side in images_B3HW.shape[2:])
+        x_BLD = self.embed(images_B3HW)
+        taps = []
+        for index, block in enumerate(self.blocks):
+            rate = self.drop_paths[index] if drop_path else 0.0
+            x_BLD = _run(block, x_BLD, rate)
+            taps += [_to_map(x_BLD[:, 1:], h, w)] * self.taps.count(index)
+        joint_BLE = self.ln_post(x_BLD) @ self.proj
+        return VisionFeatures(taps, joint_BLE[:, 0], _to_map(joint_BLE[:, 1:], h, w))
+
+    def embed(self, images_B3HW: Tensor) -> Tensor:
+        """The tokens that enter the first block, B x (1 + h x w) x D: the class token, then the patches row by row."""
+        patches_BDhw = self.conv1(images_B3HW)
+        B, D, h, w = patches_BDhw.shape
+        positions_LD = _resize_positions(self.positional_embedding, h, w)
+        cls_B1D = (self.class_embedding + positions_LD[0]).to(patches_BDhw.dtype).expand(B, 1, D)
+        x_BLD = torch.cat([cls_B1D, patches_BDhw.flatten(2).transpose(1, 2) + positions_LD[1:]], dim=1)
+        return self.ln_pre(x_BLD)
+
+
+class TextTower(nn.Module):
+    """A CLIP text transformer over [start] prompts name [end]. Frozen, but the prompts' gradient flows through it."""
+
+    def __init__(self, clip: Any, length: int) -> None:
+        super().__init__()
+        if length > clip.positional_embedding.shape[0]:
+            raise ConfigError(
+                f"clip.name_tokens + prompts.length is {length}, or a text of cam.prompts so long, but this CLIP reads at most "
+                f"{clip.positional_embedding.shape[0]} tokens; lower one of them"
+            )
+        self.token_embedding, self.ln_final = clip.token_embedding, clip.ln_final
+        self.text_projection: nn.Parameter = clip.text_projection
+        self.positional_embedding = nn.Parameter(clip.positional_embedding[:length].clone())
+        self.blocks = clip.transformer.resblocks
+        self.width = int(self.ln_final.normalized_shape[0])
+
+    def forward(self, names_KL: Tensor, prompts_ND: Tensor) -> Tensor:
+        """Class embeddings, K x E. names_KL: token ids [start, name..., end, 0...]."""
+        K, N = names_KL.shape[0], prompts_ND.shape[0]
+        names_KLD = self.token_embedding(names_KL)
+        x_KLD = torch.cat([names_KLD[:, :1], prompts_ND.expand(K, -1, -1).to(names_KLD.dtype), names_KLD[:, 1:]], dim=1)
+        x_KLD = x_KLD + self.positional_embedding[: x_KLD.shape[1]]
+        for block in self.blocks:
+            x_KLD = _run(block, x_KLD, causal=True)
+        end_K = names_KL.argmax(-1) + N  # the end token has the largest id
+        return self.ln_final(x_KLD[torch.arange(K, device=x_KLD.device), end_K]) @ self.text_projection
+
+
+class FrozenClip(nn.Module):
+    """Both towers of a CLIP, none of whose parameters needs a gradient."""
+
+    def __init__(self, config: ClipConfig, prompts: int) -> None:
+        super().__init__()
+        clip = load_clip(config)
+        patch = int(clip.visual.conv1.kernel_size[0])
+        if config.image_size % patch:
+            raise ConfigError(f"clip.image_size is {config.image_size}; it must be a multiple of the patch, {patch}")
+        self.vision = VisionTower(clip.visual, config)
+        self.text = TextTower(clip, config.name_tokens + prompts)
+        self.embedding = int(self.vision.proj.shape[1])
+        self.logit_scale: Tensor
+        """What CLIP was trained to multiply the cosine of image and text by, before its softmax; CAMs alone use it."""
+        self.register_buffer("logit_scale", clip.logit_scale.detach().exp(), persistent=False)
+        vision_cfg = {**clip.architecture["vision_cfg"], "image_size": config.image_size}
+        text_cfg = {**clip.architecture["text_cfg"], "context_length": len(self.text.positional_embedding)}
+        self.architecture = {**clip.architecture, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+        """open_clip's model_cfg of these towers, their position embeddings as large as they are here."""
+        self.requires_grad_(False).eval()
+
+
+def tokenize(names: Sequence[str], length: int | None = None) -> Tensor:
+    """Token ids, int64 K x `length` (None: that of the longest): start, name, end, zeros.
+
+    Raises ConfigError for a name that does not fit; it is never cut.
+    """
+    tokenizer = open_clip.SimpleTokenizer()
+    start, end = [tokenizer.sot_token_id], [tokenizer.eot_token_id]
+    found = [start + tokenizer.encode(name.replace("_", " ")) + end for name in names]
+    length = max(map(len, found)) if length is None else length
+    ids_KL = torch.zeros(len(names), length, dtype=torch.int64)
+    for row, (name, ids) in enumerate(zip(names, found, strict=True)):
+        if len(ids) > length:
+            raise ConfigError(f"class name {name!r} takes {len(ids)} tokens; set clip.name_tokens to {len(ids)} or more")
+        ids_KL[row, : len(ids)] = torch.tensor(ids)
+    return ids_KL
+
+
+def _resize_positions(embedding_LD: Tensor, h: int, w: int) -> Tensor:
+    """Position embedding for an h x w grid, by bilinear interpolation; row 0 (class token) stays."""
+    side = round((embedding_LD.shape[0] - 1) ** 0.5)
+    if (h, w) == (side, side):
+        return embedding_LD
+    grid_1Dhw = embedding_LD[1:].T.reshape(1, -1, side, side)
+    grid_1Dhw = F.interpolate(grid_1Dhw, size=(h, w), mode="bilinear")
+    return torch.cat([embedding_LD[:1], grid_1Dhw.flatten(2)[0].T])
+
+
+def _run(block: Any, x_BLD: Tensor, drop_path: float = 0.0, causal: bool = False) -> Tensor:
+    """One of open_clip's residual blocks, with stochastic depth in both branches."""
+    x_BLD = x_BLD + _drop_path(block.ls_1(_attend(block.attn, block.ln_1(x_BLD), causal)), drop_path)
+    return x_BLD + _drop_path(block.ls_2(block.mlp(block.ln_2(x_BLD))), drop_path)
+
+
+def _attend(attention: nn.MultiheadAttention, x_BLD: Tensor, causal: bool) -> Tensor:
+    """What `attention` gives. It would see tokens as L x B x D, which torch multiplies by the weights in L small products."""
+    qkv_BL3D = F.linear(x_BLD, attention.in_proj_weight, attention.in_proj_bias)
+    q_BHLd, k_BHLd, v_BHLd = qkv_BL3D.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed_BLD = F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, is_causal=causal).transpose(1, 2).flatten(2)
+    return attention.out_proj(mixed_BLD)
+
+
+def _to_map(tokens_BLD: Tensor, h: int, w: int) -> Tensor:
+    return tokens_BLD.transpose(1, 2).unflatten(2, (h, w)).contiguous()
+
+
+def _drop_path(branch_BLD: Tensor, rate: float) -> Tensor:
+    """Stochastic depth: a sample's branch is dropped with probability `rate`, the others' scaled to keep the mean."""
+    if rate == 0.0:
+        return branch_BLD
+    keep_B11 = torch.empty(branch_BLD.shape[0], 1, 1, device=branch_BLD.device).bernoulli_(1 - rate)
+    return branch_BLD * (keep_B11 / (1 - rate)).to(branch_BLD.dtype)

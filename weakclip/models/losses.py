@@ -1,0 +1,102 @@
+"""The three losses. p is a softmax over classes on a coarse grid; seeds are class indices with 255 = ignore.
+
+B images, K classes, GG the grid's height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weakclip.config import LossConfig
+from weakclip.data.photometric import IMAGENET, Normalisation
+from weakclip.labels import IGNORE
+from weakclip.masks.crf import BOUNDARY, dense_crf
+from weakclip.models.decoder import resize
+
+
+def weakclip_losses(
+    logits_BKhw: Tensor,
+    scores_BKhw: Tensor,
+    seeds_BHW: Tensor,
+    images_B3HW: Tensor,
+    config: LossConfig,
+    normalisation: Normalisation = IMAGENET,
+) -> dict[str, Tensor]:
+    """The losses by name; their sum is what is minimised.
+
+    logits: decoder's output. scores: score map in -1..1. seeds: int64 at the image's size. images: normalised.
+    """
+    _, probs_BKGG, seeds_BGG = on_grid(logits_BKhw, seeds_BHW, config)
+    losses = {"seeding": seeding_loss(probs_BKGG, seeds_BGG, config.balance)}
+    if config.boundary:
+        images_BGG3 = crf_images(images_B3HW, config.grid, normalisation, config.truncate_image)
+        target_BKGG = boundary_target(probs_BKGG.detach(), images_BGG3)
+        losses["boundary"] = boundary_loss(probs_BKGG, target_BKGG, config.ratio_clamp)
+    if config.auxiliary:
+        losses["auxiliary"] = config.auxiliary * auxiliary_loss(scores_BKhw, seeds_BHW, config.tau)
+    return losses
+
+
+class OnGrid(NamedTuple):
+    logits_BKGG: Tensor
+    probs_BKGG: Tensor
+    seeds_BGG: Tensor
+
+
+def on_grid(logits_BKhw: Tensor, seeds_BHW: Tensor, config: LossConfig) -> OnGrid:
+    """Logits, probabilities and seeds at the resolution of the seeding and the boundary loss."""
+    odd = all(side % 2 for side in config.grid)
+    logits_BKGG = resize(logits_BKhw.float(), config.grid, odd if config.align_corners is None else config.align_corners)
+    probs_BKGG = logits_BKGG.softmax(1) + 1e-7
+    seeds_BGG = F.interpolate(seeds_BHW[:, None].float(), size=tuple(config.grid), mode="nearest")[:, 0].long()
+    return OnGrid(logits_BKGG, probs_BKGG / probs_BKGG.sum(1, keepdim=True), seeds_BGG)
+
+
+def seeding_loss(probs_BKGG: Tensor, seeds_BGG: Tensor, balance: bool) -> Tensor:
+    """Cross-entropy on seeded pixels; `balance` averages background and foreground apart, image by image, and adds them."""
+    seeded_BGG = seeds_BGG != IGNORE
+    target_B1GG = seeds_BGG.where(seeded_BGG, seeds_BGG.new_zeros(()))[:, None]
+    nll_BGG = -probs_BKGG.log().gather(1, target_B1GG)[:, 0]
+    if not balance:
+        return (nll_BGG * seeded_BGG).sum() / seeded_BGG.sum().clamp(min=1)
+    total = nll_BGG.new_zeros(())
+    for region_BGG in (seeds_BGG == 0, seeded_BGG & (seeds_BGG != 0)):
+        count_B = region_BGG.sum((1, 2)).clamp(min=1e-4)
+        total = total + ((nll_BGG * region_BGG).sum((1, 2)) / count_B).mean()
+    return total
+
+
+def boundary_loss(probs_BKGG: Tensor, target_BKGG: Tensor, ratio_clamp: Sequence[float] | None) -> Tensor:
+    """KL divergence from the target psi to p, its ratio psi / p clamped to `ratio_clamp` (no gradient outside)."""
+    ratio_BKGG = target_BKGG / probs_BKGG
+    if ratio_clamp:
+        ratio_BKGG = ratio_BKGG.clamp(*ratio_clamp)
+    return (target_BKGG * ratio_BKGG.log()).sum(1).mean()
+
+
+def crf_images(images_B3HW: Tensor, grid: Sequence[int], normalisation: Normalisation, truncate: bool) -> np.ndarray:
+    """The normalised images as uint8 RGB, B x GG x 3: what the boundary loss' CRF sees. (Released code: dgcn_crf_operation.)"""
+    # Published: corner-aligned sampling and truncation. Truncation makes the last bit matter, hence the double.
+    small_B3GG = normalisation.undo(resize(images_B3HW.double(), grid, align_corners=True).float())
+    small_B3GG = small_B3GG if truncate else small_B3GG.round()
+    return small_B3GG.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def boundary_target(probs_BKGG: Tensor, images_BGG3: np.ndarray) -> Tensor:
+    """psi, B x K x G x G: mean field of p (floored at 1e-4) on the images, floored and renormalised."""
+    floored_BKGG = probs_BKGG.float().clamp(min=1e-4).cpu().numpy()
+    psi_BKGG = np.stack([dense_crf(p, image, BOUNDARY) for p, image in zip(floored_BKGG, images_BGG3, strict=True)])
+    target_BKGG = torch.from_numpy(psi_BKGG).to(probs_BKGG).clamp(min=1e-4)
+    return target_BKGG / target_BKGG.sum(1, keepdim=True)
+
+
+def auxiliary_loss(scores_BKhw: Tensor, seeds_BHW: Tensor, tau: float) -> Tensor:
+    """Cross-entropy of the score map / tau at the seeds' size. The mean is over all pixels; ignored ones count as zero."""
+    logits_BKHW = resize(scores_BKhw.float() / tau, seeds_BHW.shape[1:])
+    return F.cross_entropy(logits_BKHW, seeds_BHW, ignore_index=IGNORE, reduction="sum") / seeds_BHW.numel()

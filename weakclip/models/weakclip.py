@@ -1,0 +1,151 @@
+"""WeakCLIP: a frozen CLIP and what is trained around it.
+
+`python -m weakclip.models.weakclip --config FILE [key=value ...]` prints the parameter counts by module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from weakclip import cli, labels
+from weakclip.config import Config, ConfigError
+from weakclip.data.photometric import NORMALISATIONS
+from weakclip.masks.sliding_window import Predictor
+from weakclip.models.adapter import PyramidAdapter
+from weakclip.models.clip import FrozenClip, tokenize
+from weakclip.models.decoder import TextGuidedDecoder
+from weakclip.models.interface import Targets, Trained
+from weakclip.models.losses import weakclip_losses
+from weakclip.models.matching import CoAttentionMatching
+from weakclip.models.precision import autocast
+
+
+class Output(NamedTuple):
+    logits_BKhw: Tensor
+    """At a quarter of the image's side (patch 16)."""
+    scores_BKhw: Tensor
+    """Score map, one value a token and class, in -1..1. (Of classes alone: `matching.extra_names` have none here.)"""
+
+
+class WeakCLIP(Trained):
+    """All registered parameters are the paper's trainable part.
+
+    The frozen CLIP is kept outside the module tree: what walks over the parameters (optimiser, ZeRO's partitioning and
+    broadcasts, state dicts and so checkpoints) never sees it, and so can neither change, shard nor save it.
+    """
+
+    def __init__(self, config: Config, class_names: Sequence[str]) -> None:
+        super().__init__()
+        fixed = config.prompts.words
+        words_N = tokenize([fixed])[0, 1:-1] if fixed else torch.zeros(config.prompts.length, dtype=torch.int64)
+        clip = FrozenClip(config.clip, prompts=len(words_N))
+        self._frozen = (clip,)
+        names = [*class_names, *config.matching.extra_names]
+        self.names_KL = tokenize(names, config.clip.name_tokens)
+        self.precision, self.loss = config.precision, config.loss
+        self.normalisation = NORMALISATIONS[config.clip.normalisation]
+        self.num_classes = len(class_names)
+        self.prompts_ND = nn.Parameter(nn.init.trunc_normal_(torch.empty(len(words_N), clip.text.width)))
+        if fixed:
+            self.prompts_ND.requires_grad_(False).copy_(clip.text.token_embedding(words_N))
+            if not self.prompts_ND.any(1).all():  # small CLIPs hold the tokens alone that they were trained on
+                raise ConfigError(f"prompts.words: this CLIP was not trained with a word of {fixed!r}")
+        self.adapter = PyramidAdapter(clip.vision.width).requires_grad_(config.adapter.train)
+        self.matching = CoAttentionMatching(clip.embedding, config.matching)
+        self.decoder = TextGuidedDecoder(clip.vision.width, len(names), self.num_classes, config.decoder)
+        if not config.decoder.score_map:  # then nothing that texts say has an effect
+            self.prompts_ND.requires_grad_(False)
+            self.matching.requires_grad_(False)
+
+    @property
+    def clip(self) -> FrozenClip:
+        return self._frozen[0]
+
+    @property
+    def frozen(self) -> int:
+        """Parameters of the CLIP."""
+        return sum(p.numel() for p in self.clip.parameters())
+
+    def twin(self) -> WeakCLIP:
+        return copy.deepcopy(self, {id(self.clip): self.clip})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeakCLIP:
+        self.clip._apply(fn)  # .to(device) moves the frozen part along
+        self.names_KL = fn(self.names_KL)
+        return super()._apply(fn, recurse)
+
+    def encode_names(self) -> Tensor:
+        """Embeddings of classes and extra names, K x E; the same for every image, so inference computes them once."""
+        with autocast(self.precision, self.names_KL.device):
+            return self.clip.text(self.names_KL, self.prompts_ND)
+
+    def predictor(self) -> Predictor:
+        """For inference; the text tower runs only now. The pyramid can't halve a side under two patches."""
+        with torch.no_grad():
+            text_KE = self.encode_names()
+        device, least_side = text_KE.device, 2 * self.clip.vision.patch
+        return Predictor(lambda x: self(x, text_KE).logits_BKhw, self.num_classes, self.normalisation, least_side, device)
+
+    def forward(self, images_B3HW: Tensor, text_KE: Tensor | None = None) -> Output:
+        """Normalised images with sides of at least one patch -> logits and score map. In training mode the frozen vision
+        tower's stochastic depth is active, as published."""
+        with autocast(self.precision, images_B3HW.device):
+            features = self.clip.vision(images_B3HW, drop_path=self.training)
+            text_KE = self.encode_names() if text_KE is None else text_KE
+            scores_BKhw = self.matching(text_KE, features.global_BE, features.visual_BEhw)
+            logits_BKhw = self.decoder(self.adapter(features.taps), scores_BKhw)
+            return Output(logits_BKhw, scores_BKhw[:, : self.num_classes])
+
+    def losses(self, output: Output, targets: Targets) -> dict[str, Tensor]:
+        """Of weakclip.models.losses, by name; their sum is what is minimised."""
+        return weakclip_losses(*output, targets.seeds_BHW, targets.images_B3HW, self.loss, self.normalisation)
+
+
+def parameter_counts(model: WeakCLIP) -> dict[str, int]:
+    """Parameters by part, then "trainable" (all but CLIP's), "without gradient" (the dead layers in it) and "total"."""
+    parts: dict[str, Any] = {
+        "vision tower (frozen)": model.clip.vision,
+        "text tower (frozen)": model.clip.text,
+        "pyramid adapter": model.adapter,
+        "prompts": [model.prompts_ND],
+        "alpha, beta": [model.matching.alpha, model.matching.beta],
+        "co-attention": model.matching,
+        "FPN neck": model.decoder.neck,
+        "semantic-FPN head": model.decoder.head,
+    }
+    counts = {name: sum(p.numel() for p in _parameters(part)) for name, part in parts.items()}
+    counts["co-attention"] -= counts["alpha, beta"]
+    counts["trainable"] = sum(p.numel() for p in model.parameters())
+    counts["without gradient"] = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    counts["total"] = counts["trainable"] + model.frozen
+    return counts
+
+
+def _parameters(part: nn.Module | list[nn.Parameter]) -> list[nn.Parameter]:
+    return list(part.parameters()) if isinstance(part, nn.Module) else part
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m weakclip.models.weakclip", description="Parameter counts by module.")
+    config = cli.parse_config(parser, arguments)[0]
+    counts = parameter_counts(WeakCLIP(config, labels.class_names(config.classes)))
+    for name, count in counts.items():
+        if name not in ("trainable", "without gradient", "total"):
+            print(f"{name:<24}{count:>13,}")
+    share = 100 * counts["trainable"] / counts["total"]
+    print(f"{counts['trainable']:,} trainable of {counts['total']:,} ({share:.1f} %)")
+    if counts["without gradient"]:
+        print(
+            f"{counts['without gradient']:,} of the trainable ones never get a gradient (matching, adapter.train, prompts.words)"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,85 @@
+"""Networks beside WeakCLIP as the training loop sees them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weakclip.config import Config
+from weakclip.data.photometric import IMAGENET
+from weakclip.data.sample import Cam, DecodedSample
+from weakclip.datasets.cam_files import pack_cam, quarter
+from weakclip.labels import IGNORE
+from weakclip.masks.sliding_window import Predictor
+from weakclip.models.decoder import resize
+from weakclip.models.interface import Group, Targets, Trained
+from weakclip.models.precision import autocast
+from weakclip.networks import mctformer
+from weakclip.networks.base import Network
+
+
+class Segmentation(Trained):
+    """A network of weakclip.networks in supervised training: cross-entropy at the image's size."""
+
+    def __init__(self, network: Network, num_classes: int, head_lr: float, precision: str) -> None:
+        super().__init__()
+        self.network, self.num_classes, self.head_lr, self.precision = network, num_classes, head_lr, precision
+        self.normalisation = network.normalisation
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """Normalised images -> logits, B x K x h x w."""
+        with autocast(self.precision, images_B3HW.device):
+            return self.network(images_B3HW)
+
+    def losses(self, logits_BKhw: Tensor, targets: Targets) -> dict[str, Tensor]:
+        logits_BKHW = resize(logits_BKhw.float(), targets.seeds_BHW.shape[1:])
+        total = F.cross_entropy(logits_BKHW, targets.seeds_BHW, ignore_index=IGNORE, reduction="sum")
+        return {"segmentation": total / (targets.seeds_BHW != IGNORE).sum().clamp(min=1)}
+
+    def groups(self) -> list[Group]:
+        return _apart(self, self.network.head_parameters(), self.head_lr)
+
+    def predictor(self) -> Predictor:
+        device = next(self.parameters()).device
+        return Predictor(self, self.num_classes, self.normalisation, self.network.least_side, device)
+
+
+class Classification(Trained):
+    """MCTformer in training on image labels."""
+
+    def __init__(self, network: mctformer.MCTformer, head_lr: float, precision: str) -> None:
+        super().__init__()
+        self.network, self.head_lr, self.precision, self.normalisation = network, head_lr, precision, IMAGENET
+
+    def forward(self, images_B3HW: Tensor) -> mctformer.Scores:
+        with autocast(self.precision, images_B3HW.device):
+            return self.network(images_B3HW)
+
+    def losses(self, scores: mctformer.Scores, targets: Targets) -> dict[str, Tensor]:
+        return mctformer.losses(scores, targets.labels_BK[:, 1:].float())
+
+    def groups(self) -> list[Group]:
+        return _apart(self, self.network.head_parameters(), self.head_lr)
+
+    def cam(self, sample: DecodedSample, config: Config) -> Cam:
+        """The maps of all classes that the image is labelled with, at a quarter of its sides."""
+        options = config.cam
+        maps_nhw = mctformer.activation_maps(
+            self.network,
+            sample.image,
+            sample.classes,
+            scales=options.scales,
+            flip=options.flip,
+            attention_blocks=options.attention_blocks,
+            affinity_steps=options.affinity_steps,
+            scale=config.data.scale,
+            size=quarter(sample.size),
+        )
+        return pack_cam(dict(zip(sample.classes, maps_nhw, strict=True)), sample.size, sample.key)
+
+
+def _apart(model: Trained, head: list[nn.Parameter], head_lr: float) -> list[Group]:
+    """The head's parameters, which learn `head_lr` times as fast, apart from the rest."""
+    apart = {id(parameter) for parameter in head}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+    return [Group(rest, 1.0), Group(head, head_lr)]
