@@ -121,8 +121,10 @@ class Index:
                 raise ShardError(f"{file}: shard is {state}; copy it again, or build the set again")
 
     def save(self) -> None:
-        """Write index.json into `root`."""
-        raw = {"format": FORMAT, "classes": self.classes, "shards": [shard.as_dict() for shard in self.shards]}
+        """Write index.json into `root`. The wids reader opens it too; `load` ignores that reader's keys."""
+        shardlist = [{"url": shard.name, "nsamples": len(shard.samples), "filesize": shard.bytes} for shard in self.shards]
+        wids = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shardlist}
+        raw = {"format": FORMAT, "classes": self.classes, "shards": [shard.as_dict() for shard in self.shards], **wids}
         text = json.dumps(raw, separators=(",", ":"))
         write_whole(self.root / INDEX, text + "\n")
 
