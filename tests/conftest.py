@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -41,9 +41,32 @@ pseudo: {{scales: [1.0], window: 64, stride: 42, processes: 0}}
 TINY_NAMES = ("background", "cat", "dog", "cow")
 
 
-def beside_the_repository(path: str) -> Path:
+OPTIONAL = ("slurm", "golden", "coco")
+"""What a machine may lack for some tests, which are then skipped; where WEAKCLIP_TEST_REQUIRE names it, they fail."""
+
+
+def required() -> set[str]:
+    """Return what WEAKCLIP_TEST_REQUIRE names, as in "slurm,golden". Raises UsageError when one of it is unknown."""
+    names = set(filter(None, os.environ.get("WEAKCLIP_TEST_REQUIRE", "").split(",")))
+    if unknown := names - set(OPTIONAL):
+        raise pytest.UsageError(f"WEAKCLIP_TEST_REQUIRE: unknown {', '.join(sorted(unknown))}; known: {', '.join(OPTIONAL)}")
+    return names
+
+
+def pytest_configure() -> None:
+    required()
+
+
+def skip_or_fail(optional: str, reason: str) -> NoReturn:
+    """Skip the test, which lacks one of OPTIONAL; fail where that is required."""
+    if optional in required():
+        pytest.fail(f"{reason}; WEAKCLIP_TEST_REQUIRE names {optional}", pytrace=False)
+    pytest.skip(reason)
+
+
+def beside_the_repository(path: str, optional: str) -> Path:
     if not (REPO.parent / path).is_dir():
-        pytest.skip(f"no {path} beside the repository")
+        skip_or_fail(optional, f"no {path} beside the repository")
     return REPO.parent / path
 
 
@@ -55,13 +78,13 @@ def repo() -> Path:
 @pytest.fixture(scope="session")
 def coco_mini() -> Path:
     """140 real COCO images in the 2014 layout, when they lie beside the repository."""
-    return beside_the_repository("shared/data/coco_mini")
+    return beside_the_repository("shared/data/coco_mini", "coco")
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Inputs and outputs of the released implementation at a small size, when they lie beside the repository."""
-    return beside_the_repository("shared/golden")
+    return beside_the_repository("shared/golden", "golden")
 
 
 @pytest.fixture(scope="session")

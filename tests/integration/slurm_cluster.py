@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import skip_or_fail
+
 PATIENCE = 900  # seconds
 FAILURES = {"FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY"}
 TOOL = Path(__file__).resolve().parents[2] / "slurm" / "local-cluster"
@@ -36,10 +38,10 @@ class LocalCluster:
         return subprocess.run(line, env=os.environ | environment, capture_output=True, text=True, timeout=180)
 
     def start(self, nodes: int = 4) -> None:
-        """Starts it; skips the test where its programs aren't installed."""
+        """Start it. Where its programs aren't installed the test is skipped, or fails if Slurm is required."""
         done = self.tool("start", "--nodes", str(nodes))
         if "not installed:" in done.stderr:
-            pytest.skip(done.stderr.strip())
+            skip_or_fail("slurm", done.stderr.strip())
         assert done.returncode == 0, done.stdout + done.stderr
 
     def remove(self) -> None:
