@@ -88,6 +88,12 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_part() -> Path:
+    """A part of these, which every clone has (tests/golden/README.md)."""
+    return REPO / "tests/golden"
+
+
+@pytest.fixture(scope="session")
 def make_tiny_clip() -> Callable[..., Any]:
     """A seeded random open_clip.CLIP of a few thousand weights; keyword arguments change its vision part."""
     from weakclip.models.clip import open_clip  # weakclip.clip prepares the import

@@ -4,6 +4,9 @@ python -m weakclip.fidelity DIR
 
 DIR holds what one run of the released code left: config.json (sizes, class names, gradient norms), and as safetensors state
 (weights under their released names), inputs, outputs, grads and, where they were made, tokens and densecrf.
+
+It may hold less: steps without an input are left out, NAME.img is computed where NAME.img_uint8 alone is there, and a tensor that
+is stored as "NAME[::7]" is every 7th element of NAME, flattened.
 """
 
 from __future__ import annotations
@@ -85,7 +88,8 @@ class Golden:
             self.sizes, self.info = about["config"], about["info"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{folder}/config.json: not the config of a run of the released code ({error!r})") from error
-        self.inputs = self.read("inputs")
+        given = self.read("inputs")
+        self.inputs = dict(network_inputs(given)) | given
         self.ours = convert.read_released(self._released(), str(folder / "state.safetensors"))
         self.model = self._build()
 
@@ -135,7 +139,7 @@ class Golden:
         for part in ("tokens", "densecrf"):
             if (self.folder / f"{part}.safetensors").exists():
                 found |= {f"{part}.{name}": tensor for name, tensor in self.read(part).items()}
-        found |= {f"inputs.{name}": tensor for name, tensor in self.inputs.items()}
+        found |= {f"inputs.{name}": tensor for name, tensor in self.read("inputs").items()}
         return {name: tensor for name, tensor in found.items() if not re.search(GIVEN, name)}
 
 
@@ -150,12 +154,18 @@ def preprocessing(golden: Golden) -> Computed:
     yield "inputs.texts", golden.model.names_KL
     yield "tokens.voc", tokenize(VOC, golden.sizes["name_tokens"])
     yield "tokens.coco", tokenize(convert.raw_coco_names(), golden.sizes["name_tokens"])
-    for name, images_BHW3 in golden.inputs.items():
-        if name.endswith(".img_uint8"):
-            yield f"inputs.{name.removesuffix('_uint8')}", IMAGENET.apply(images_BHW3.permute(0, 3, 1, 2).float())
+    for name, images_B3HW in network_inputs(golden.inputs):
+        yield f"inputs.{name}", images_B3HW
     for i, size in enumerate(scaled_sizes(golden)):
         scaled_HW3 = torch.from_numpy(resize_image(golden.inputs["aug.img_uint8"][0].numpy(), size))
         yield f"inputs.aug.img_s{i}", IMAGENET.apply(scaled_HW3.permute(2, 0, 1).float())[None]
+
+
+def network_inputs(inputs: dict[str, Tensor]) -> Computed:
+    """Return the images as the network takes them, of all the 8-bit ones, by name."""
+    for name, images_BHW3 in inputs.items():
+        if name.endswith(".img_uint8"):
+            yield name.removesuffix("_uint8"), IMAGENET.apply(images_BHW3.permute(0, 3, 1, 2).float())
 
 
 def scaled_sizes(golden: Golden) -> list[tuple[int, int]]:
@@ -171,6 +181,8 @@ def evaluation(golden: Golden) -> Computed:
     text_KE = model.encode_names()
     yield "text_features_no_context_decoder", text_KE[None]
     for name in ("sq", "rect"):
+        if f"{name}.img" not in golden.inputs:
+            continue
         images_B3HW = golden.inputs[f"{name}.img"]
         features = model.clip.vision(images_B3HW)
         pyramid = model.adapter(features.taps)
@@ -246,19 +258,21 @@ def released_gradients(model: WeakCLIP) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def inference(golden: Golden) -> Computed:
-    """Sliding windows, mirror images, several scales."""
+    """Sliding windows, flips, several scales."""
     model, sizes = golden.reset().eval(), golden.sizes
     if len(set(sizes["crop"])) > 1 or len(set(sizes["stride"])) > 1:
         raise ConfigError(f"{golden.folder}/config.json: crop {sizes['crop']}, stride {sizes['stride']}: our windows are square")
     config = InferenceConfig(window=sizes["crop"][0], stride=sizes["stride"][0])
-    predictor, x_3HW = model.predictor(), golden.inputs["slide.img"][0]
-    logits_KHW = sliding_window.slide(predictor, x_3HW, config)
-    mirrored_KHW = sliding_window.slide(predictor, x_3HW.flip(2), config)
-    probs_KHW = (logits_KHW.softmax(0) + mirrored_KHW.softmax(0).flip(2)) / 2
-    every = golden.info["flip_avg_prob_subsample"]
-    yield "slide.logits", logits_KHW[None]
-    yield "slide.flip_avg_prob_sub", probs_KHW[None, :, ::every, ::every]
-    yield "slide.flip_avg_argmax", probs_KHW.argmax(0)[None]
+    predictor = model.predictor()
+    if "slide.img" in golden.inputs:
+        x_3HW = golden.inputs["slide.img"][0]
+        logits_KHW = sliding_window.slide(predictor, x_3HW, config)
+        flipped_KHW = sliding_window.slide(predictor, x_3HW.flip(2), config)
+        probs_KHW = (logits_KHW.softmax(0) + flipped_KHW.softmax(0).flip(2)) / 2
+        every = golden.info["flip_avg_prob_subsample"]
+        yield "slide.logits", logits_KHW[None]
+        yield "slide.flip_avg_prob_sub", probs_KHW[None, :, ::every, ::every]
+        yield "slide.flip_avg_argmax", probs_KHW.argmax(0)[None]
     probs_KHW = sliding_window.average(predictor, golden.inputs["aug.img_uint8"][0].numpy(), scaled_sizes(golden), config)
     yield "aug.prob_all", probs_KHW[None]
     yield "aug.pred", probs_KHW.argmax(0)
@@ -271,10 +285,10 @@ def dense_crfs(golden: Golden) -> Computed:
         return
     crf = golden.read("densecrf")
     for name in crf:
-        if match := re.fullmatch(r"(\w+?)_q(_subset)?(?:_t(\d+))?", name):
+        if match := re.fullmatch(r"(\w+?)_q(_subset)?(?:_t(\d+))?", whole(name)):
             config = replace(CRFS[match[1]], iterations=int(match[3] or 10))
             marginals_KHW = dense_crf(crf[f"probs{match[2] or ''}"].numpy(), crf["image_uint8"].numpy(), config)
-            yield f"densecrf.{name}", torch.from_numpy(marginals_KHW)
+            yield f"densecrf.{match[0]}", torch.from_numpy(marginals_KHW)
 
 
 def compare(folder: Path) -> Iterator[Row]:
@@ -283,10 +297,24 @@ def compare(folder: Path) -> Iterator[Row]:
     stored = golden.stored()
     for step in (preprocessing, evaluation, training, inference, dense_crfs):
         for name, ours in step(golden):
-            if name in stored:
-                limit = limit_of(name)
-                yield Row(name, difference(ours, stored.pop(name), limit.measure), limit)
-    yield from (Row(name, float("nan"), limit_of(name)) for name in stored)
+            limit = limit_of(name)
+            for part in [part for part in stored if whole(part) == name]:
+                yield Row(part, difference(sampled(ours, part), stored.pop(part), limit.measure), limit)
+    yield from (Row(part, float("nan"), limit_of(whole(part))) for part in stored)
+
+
+_EVERY = re.compile(r"\[::(\d+)\]$")
+
+
+def whole(name: str) -> str:
+    """Return the name of the tensor of which `name`, as in "NAME[::7]", may be a part."""
+    return _EVERY.sub("", name)
+
+
+def sampled(tensor: Tensor, name: str) -> Tensor:
+    """Return what is stored of a tensor under `name`: every 7th element for "NAME[::7]", else all of it."""
+    every = _EVERY.search(name)
+    return tensor.flatten()[:: int(every[1])] if every else tensor
 
 
 def limit_of(name: str) -> Limit:

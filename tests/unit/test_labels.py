@@ -19,8 +19,8 @@ def test_coco_has_80_things_after_background_and_maps_every_id():
         assert labels.COCO[labels.COCO_ID_TO_CLASS[raw]] == name
 
 
-def test_the_names_become_the_tokens_of_the_released_code(golden):
-    want = load_file(golden / "tokens.safetensors")
+def test_the_names_become_the_tokens_of_the_released_code(golden_part):
+    want = load_file(golden_part / "tokens.safetensors")
     assert tokenize(labels.VOC, 5).equal(want["voc"])
     raw_ids = [0, *labels.COCO_ID_TO_CLASS]  # there, a row an annotation id, gaps included
     assert tokenize(labels.COCO, 5).equal(want["coco"][raw_ids])
