@@ -2,13 +2,16 @@
 # make clip   train the small CLIP that ships anew, into runs/demo-clip; goes on where it was stopped (ARGS="--minutes 120")
 # make backbones   train what the world's networks for retraining, and MCTformer, begin from, into runs/demo-backbones
 # make test   set up and run the tests
-# make lint   ruff and mypy
+# make lint   ruff, mypy, and hadolint on the Dockerfile
+# make image  the container image, by Docker or Podman (IMAGE=name; ARGS="--build-arg BASE=..." as the Dockerfile says)
 
 VENV ?= .venv
 PYTHON ?= python3
 READY = $(VENV)/ready
+IMAGE ?= weakclip
+ENGINE = $(or $(shell command -v docker || command -v podman),$(error neither docker nor podman is installed))
 
-.PHONY: demo clip backbones test lint
+.PHONY: demo clip backbones test lint image
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,3 +35,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint Dockerfile
+
+image:
+	$(ENGINE) build --tag $(IMAGE) $(ARGS) .
