@@ -19,10 +19,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from weakclip import cli, labels, pseudo
+from weakclip import cli, labels
 from weakclip.config import Config
 from weakclip.data.sample import DecodedSample
-from weakclip.models.losses import weakclip_losses
+from weakclip.masks.mask_folder import MaskSettings
+from weakclip.masks.writing import predict_mask
+from weakclip.models.losses import LossInputs, weighted_losses
 from weakclip.models.weakclip import WeakCLIP
 
 
@@ -35,7 +37,7 @@ def step(model: WeakCLIP, config: Config, device: torch.device) -> Callable[[], 
 
     def once() -> None:
         output = model(images_B3HW)
-        losses = weakclip_losses(output.logits_BKhw, output.scores_BKhw, seeds_BHW, images_B3HW, config.loss)
+        losses = weighted_losses(LossInputs(output.logits_BKhw, output.scores_BKhw, seeds_BHW, images_B3HW, config.loss))
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -46,12 +48,12 @@ def step(model: WeakCLIP, config: Config, device: torch.device) -> Callable[[], 
 def mask(model: WeakCLIP, config: Config, device: torch.device) -> Callable[[], None]:
     image_HW3 = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
     sample = DecodedSample("noise", image_HW3, (1,), cam=None, seed=None, mask=None)
-    predictor = model.eval().predictor()
-    return lambda: (pseudo.pseudo_mask(predictor, sample, config), None)[1]
+    predictor, settings = model.eval().predictor(), MaskSettings.of(config)
+    return lambda: (predict_mask(predictor, sample, settings), None)[1]
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("step", "mask"))
     parser.add_argument("--repeat", type=int, default=3, help="timed repetitions, after one that is not")
     config, options = cli.parse_config(parser, arguments)

@@ -36,7 +36,7 @@ from weakclip.data.photometric import IMAGENET, distort
 from weakclip.data.plan import generator
 from weakclip.data.reading import read_entry
 from weakclip.data.sample import Sample
-from weakclip.data.stream import Source, TrainingSamples, collate, training_batches
+from weakclip.data.stream import Source, StreamSettings, TrainingSamples, collate, training_batches
 from weakclip.data.transforms import draw_photometric, scaled_size
 from weakclip.datasets.coco import coco_items
 from weakclip.datasets.items import Item, load_item
@@ -114,7 +114,7 @@ def rates(index: Index, files: Path, config: Config, rounds: int) -> dict[str, f
     """Median samples a second; a round is an epoch, in which two contestants take turns batch by batch."""
     images, batch = len(index.entries), config.train.batch
     source = Source(index, (config.seed, 0), config.data.shuffle_window)
-    loader = iter(TrainingSamples((index,), config, 0, 0, 1, partial(seed_mask, config=config.seeds)))
+    loader = iter(TrainingSamples((index,), StreamSettings.of(config), 0, 0, 1, partial(seed_mask, config=config.seeds)))
 
     def publish(positions: Sequence[int]) -> None:
         for position in positions:
@@ -147,7 +147,7 @@ def scaling(path: Path, config: Config, rounds: int) -> dict[str, float]:
     batches = 40
     for workers, times in [*taken.items()] * rounds:
         config.data.workers = workers
-        stream = training_batches(open_index(str(path), COCO), config, partial(seed_mask, config=config.seeds))
+        stream = training_batches(open_index(str(path), COCO), StreamSettings.of(config), partial(seed_mask, config=config.seeds))
         [*islice(stream, 2 * workers + 2)]  # those that were loaded ahead, before the clock runs
         times.append(seconds(lambda stream=stream: [*islice(stream, batches)]))
         stream.close()
@@ -162,7 +162,7 @@ def starts(path: Path, config: Config, rounds: int) -> dict[str, float]:
     def first(step: int) -> None:
         stream = training_batches(
             open_index(str(path), COCO),
-            config,
+            StreamSettings.of(config),
             partial(seed_mask, config=config.seeds),
             step * config.train.batch * RANKS,
             0,
@@ -201,7 +201,7 @@ def build(images: Path, out: Path) -> Index:
 def main(arguments: Sequence[str]) -> None:
     repository = Path(__file__).resolve().parents[1]
     beside = repository.parent / "shared" / "data" / "coco_mini"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, default=beside, help="COCO 2014's directory")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds, after one that is not")
     parser.add_argument("--scaling", action="store_true", help="time the loader with one and with two processes, too")

@@ -17,8 +17,9 @@ import time
 import torch
 import torch.nn.functional as F
 
-from weakclip.config import AugmentConfig, RetrainConfig
-from weakclip.networks import NETWORKS, build
+from weakclip.config import AugmentConfig, Config, RetrainConfig
+from weakclip.networks.wrappers import build_segmentation
+from weakclip.registry import NETWORKS
 
 HEADER = ("network", "backbone", "parameters", "of the head", "logits", "seconds", "peak GiB")
 
@@ -27,7 +28,8 @@ def measure(spec: str, side: int, classes: int, batch: int, rounds: int) -> list
     """One row of the table; `spec` is NETWORK or NETWORK/BACKBONE. The time is the least of the rounds."""
     name, _, backbone = spec.partition("/")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = build(RetrainConfig(name, backbone or None, augment=AugmentConfig(crop=side)), classes).to(device).train()
+    config = Config(retrain=RetrainConfig(name, backbone or None, augment=AugmentConfig(crop=side)))
+    network = build_segmentation(config, classes, pretrained=False).network.to(device).train()
     images_B3HW = torch.randn(batch, 3, side, side, device=device)
     labels_BHW = torch.randint(classes, (batch, side, side), device=device)
     times = []

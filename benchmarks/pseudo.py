@@ -33,15 +33,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weakclip import cli, labels, pseudo
-from weakclip.checkpoints import weights as stored
+from weakclip import cli, labels
 from weakclip.config import Config
 from weakclip.data.index import open_index
 from weakclip.data.reading import load
 from weakclip.data.sample import DecodedSample
 from weakclip.data.transforms import resize_image
 from weakclip.masks import crf, mask_folder, sliding_window
+from weakclip.masks.mask_folder import MaskSettings
 from weakclip.masks.statistics import Curves
+from weakclip.masks.writing import write_masks
+from weakclip.models.load import load_weakclip
 from weakclip.models.weakclip import WeakCLIP
 from weakclip.runtime.workers import WorkerPool
 
@@ -128,7 +130,7 @@ def ours(
     curves: Curves,
     workers: WorkerPool,
 ) -> None:
-    pseudo.write_masks(predictor, config, samples, out, curves, workers)
+    write_masks(predictor, MaskSettings.of(config), samples, out, curves, workers)
 
 
 def one_round(
@@ -173,14 +175,14 @@ def compare(model: WeakCLIP, samples: Sequence[DecodedSample], config: Config, r
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help="of a trained run of the recipe")
     parser.add_argument("--data", required=True, metavar="SHARDS")
     parser.add_argument("--images", type=int, default=6, help="so many of the first ones")
     parser.add_argument("--rounds", type=int, default=3)
     config, options = cli.parse_config(parser, arguments)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = stored.load_model(config, options.weights)
+    model = load_weakclip(config, options.weights)
     index = open_index(options.data, labels.class_names(config.classes))
     samples = [replace(load(index, entry), cam=None, seed=None, mask=None) for entry in index.entries[: options.images]]
     with tempfile.TemporaryDirectory() as folder:

@@ -9,4 +9,4 @@ from weakclip import cli
 from weakclip.datasets.show import main
 
 if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])
+    cli.run(main)

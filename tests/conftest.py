@@ -173,7 +173,7 @@ def tiny_recipe(tmp_path_factory, tiny_clip) -> Path:
 @pytest.fixture
 def tiny_config(tiny_recipe, tmp_path) -> Callable[..., Any]:
     """The tiny recipe as a Config, changed by overrides such as "train.batch=4"; its run lies in tmp_path."""
-    from weakclip.config import load
+    from weakclip.recipe import load
 
     return lambda *overrides: load(tiny_recipe, [f"run={tmp_path / 'run'}", *overrides])
 
@@ -181,9 +181,9 @@ def tiny_config(tiny_recipe, tmp_path) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_recipe) -> Callable[..., Any]:
     """A seeded random WeakCLIP of the tiny recipe, changed by overrides, in evaluation mode."""
-    from weakclip.config import load
     from weakclip.labels import class_names
     from weakclip.models.weakclip import WeakCLIP
+    from weakclip.recipe import load
     from weakclip.runtime.torchvision_ops import torch
 
     @functools.cache

@@ -1,25 +1,22 @@
-"""Every knob of the project as a typed dataclass: one YAML file a recipe, `key.sub=value` overrides, nothing ignored.
+"""Every setting of the project, as typed dataclasses. A recipe is a YAML file, read by weakclip.recipe; no key is ignored.
 
-A field's docstring says what it means and in which unit. Defaults are the published recipe for PASCAL VOC. A key that does
-not exist, or a value of another type, is a ConfigError that names the key and the nearest one that exists.
+A field's docstring says what it means and in which unit. Defaults are the published recipe for PASCAL VOC. A value of the wrong
+type or out of range raises a ConfigError that names the key.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-
-from weakclip.runtime.atomic import write_whole
+from weakclip.registry import CAM_SOURCES, DATA_SETS, LOSSES, NETWORKS
+from weakclip.runtime.errors import UserError
+from weakclip.runtime.run_dir import RunDir
 
 
-class ConfigError(ValueError):
-    """A setting is unknown, of another type or out of range; the message names the key and the cure."""
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type or out of range. The message names the key and how to fix it."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -27,69 +24,151 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_choice(key: str, value: str | None, choices: Sequence[str]) -> None:
+    _require(value in choices, f"{key} must be one of {', '.join(choices)}, is {value!r}")
+
+
+@dataclass
+class BuildConfig:
+    """What the stage `shards` and `weakclip build` build a shard set from. Paths are directories unless stated otherwise."""
+
+    source: str | None = None
+    """Layout of the images and labels: coco, voc or folder. Null: the set already exists, and there is no stage `shards`."""
+    images: str | None = None
+    """Directory of the images. Their labels come from `annotations` (coco) or `labels` (folder)."""
+    annotations: str | None = None
+    """COCO's annotation file, instances_*.json."""
+    devkit: str | None = None
+    """The directory VOCdevkit/VOC2012."""
+    split: str | None = None
+    """trainaug, train, val or test (in ImageSets/Segmentation of the devkit), or a file that lists image names."""
+    labels: str | None = None
+    """File of image labels: a CSV with the columns file,labels (folder), or a cls_labels.npy for images without XML (voc)."""
+    masks: bool = False
+    """Add the ground-truth masks that the data set has, for evaluation."""
+    mask_dir: str | None = None
+    """Directory of ground-truth masks for evaluation: KEY.png with class indices (folder)."""
+    cams: str | None = None
+    """Directory with KEY.npy or KEY.npz (CAMs) or KEY.png (seed masks) for each image; null: no CAMs."""
+    cam_keys: str = "foreground0"
+    """What the keys in CAM files mean: foreground0 (foreground classes from 0), class (class indices) or coco (COCO's ids)."""
+    samples_per_shard: int = 256
+    """Images per shard."""
+    processes: int = 4
+    """Number of worker processes; each writes whole shards."""
+
+    def __post_init__(self) -> None:
+        _require(self.samples_per_shard >= 1, "data.build.samples_per_shard must be 1 or more")
+        _require(self.processes >= 1, "data.build.processes must be 1 or more")
+        choices = CAM_KEYS if self.source in (None, "coco") else CAM_KEYS[:2]
+        _require_choice("data.build.cam_keys", self.cam_keys, choices)
+        if self.source is None:
+            return
+        _require_choice("data.build.source", self.source, list(DATA_SETS))
+        data_set = DATA_SETS[self.source]
+        for name in data_set.required:
+            _require(getattr(self, name) is not None, f"data.build.{name} is missing; data.build.source={self.source} needs it")
+        always = ("source", "cams", "cam_keys", "samples_per_shard", "processes")
+        for item in fields(self):
+            unused = item.name not in (*always, *data_set.options) and getattr(self, item.name) != item.default
+            _require(not unused, f"data.build.{item.name} has no effect with data.build.source={self.source}; leave it out")
+
+
+CAM_KEYS = ("foreground0", "class", "coco")
+"""What the keys in a CAM file mean: foreground classes from 0, class indices (0: background), or COCO category ids."""
+
+
 @dataclass
 class DataConfig:
+    """Which shard sets are used, and how they are read."""
+
     train: str = "data/voc/trainaug"
     """Shard set to train on: a directory with index.json, or its URL (http, https, s3, gs)."""
-    build: list[str] = field(default_factory=list)
-    """What the stage `shards` makes `train` (or `cam.data`, if that is set) of: options of shards/build.py, without --out and
-    --classes; empty: it is there."""
+    labelled: str | None = None
+    """Labelled shard set for which the stage `cam` makes CAMs: a directory or URL. The stage writes the same samples with CAMs
+    to `train`. Null: `train` already has CAMs or seeds, and there is no stage `cam`."""
+    build: BuildConfig = field(default_factory=BuildConfig)
+    """What the stage `shards` builds `labelled` from, or `train` where `labelled` is null."""
     mix: dict[str, float] = field(default_factory=dict)
-    """Further shard sets of the same classes to train on: where each lies, and how many of its samples come for one of `train`"""
+    """Additional shard sets of the same classes to train on: path or URL -> samples of that set per sample of `train`."""
     val: str | None = None
-    """Shard set with ground-truth masks for validation; null: no validation, and the last weights are the best."""
+    """Shard set with ground-truth masks for validation. Null: no validation, and the last weights count as the best."""
     scale: list[int] = field(default_factory=lambda: [2048, 512])
-    """Largest long and short side, pixels, of an image at scale 1: it is resized, keeping its shape, until one is reached."""
+    """Maximum long and short side of an image at scale 1, in pixels. The image is resized, keeping its aspect ratio, to the
+    largest size within both."""
     workers: int = 4
-    """Loader processes a rank; 0 loads in the training process."""
+    """Loader processes per rank; 0 loads in the training process."""
     max_bad_samples: int = 20
-    """Unreadable samples (all ranks together) that are skipped and named; one more stops the job."""
+    """Number of unreadable samples (of all ranks together) that are skipped and named; one more stops the job."""
     shuffle_window: int = 8
-    """Shards that are shuffled together; reading touches this many shards at a time."""
+    """Number of shards that are shuffled together, and that reading touches at a time."""
     cache: str | None = None
-    """Directory that keeps the shards of URLs, which processes and nodes may share; null: each sample is a request of its own."""
+    """Directory that caches the shards of URLs; processes and nodes may share it. Null: each sample is a request of its own."""
     cache_gib: float = 100.0
-    """Size of the cache, GiB (2^30 bytes); what was used longest ago leaves first. It must hold `shuffle_window` shards, and
-    should hold twice as many: those of the next window are fetched ahead."""
+    """Size limit of the cache in GiB (2^30 bytes); the least recently used shards are removed first. It must hold
+    `shuffle_window` shards, and should hold twice that number because those of the next window are prefetched."""
     retries: int = 8
-    """How often a request to a URL is repeated, after waits that double from half a second to half a minute."""
+    """Number of times that a failed request to a URL is repeated; the waits double from half a second to half a minute."""
     timeout: float = 60.0
-    """Seconds in which the answer to a request (a sample, 8 MiB of a shard, an index.json) must have arrived."""
+    """Seconds within which the answer to a request (a sample, 8 MiB of a shard, an index.json) must have arrived."""
 
     def __post_init__(self) -> None:
         _require(len(self.scale) == 2 and min(self.scale) >= 1, "data.scale must be [long, short], in pixels")
         least = (1 + sum(self.mix.values())) / 1000
-        _require(all(weight >= least for weight in self.mix.values()), "data.mix must give each set a thousandth of all or more")
+        _require(all(weight >= least for weight in self.mix.values()), "data.mix must give each set a share of 1/1000 or more")
         _require(self.workers >= 0, "data.workers must be 0 or more")
         _require(self.max_bad_samples >= 0, "data.max_bad_samples must be 0 or more")
         _require(self.shuffle_window >= 1, "data.shuffle_window must be 1 or more")
         _require(self.cache_gib > 0, "data.cache_gib must be positive")
         _require(self.retries >= 0, "data.retries must be 0 or more")
         _require(self.timeout > 0, "data.timeout must be positive, in seconds")
+        if self.labelled is not None:
+            _require(self.labelled != self.train, "data.labelled and data.train must differ: data.train gets the CAMs")
+            _require("://" not in self.train, "data.train must be a directory: with data.labelled, the stage cam writes it")
+
+    @property
+    def built(self) -> str:
+        """The shard set that `build` describes: `labelled`, or `train` where no CAMs are made."""
+        return self.train if self.labelled is None else self.labelled
 
 
 @dataclass
 class CrfConfig:
-    """Dense CRF: unary from probabilities, a Gaussian (smoothness) and a bilateral (appearance) kernel."""
+    """Dense CRF (Kraehenbuehl and Koltun, NeurIPS 2011): unary term from probabilities, a Gaussian and a bilateral kernel.
+
+    The defaults are the published setting for PASCAL VOC.
+    """
 
     iterations: int = 10
+    """Iterations of mean-field inference."""
     gaussian_sxy: float = 3
+    """Std of the Gaussian (smoothness) kernel, in pixels."""
     gaussian_compat: float = 3
+    """Weight of the Gaussian kernel."""
     bilateral_sxy: float = 83
+    """Spatial std of the bilateral (appearance) kernel, in pixels."""
     bilateral_srgb: float = 5
+    """Colour std of the bilateral kernel, in levels of 0..255."""
     bilateral_compat: float = 3
+    """Weight of the bilateral kernel."""
+
+    def __post_init__(self) -> None:
+        _require(self.iterations >= 1, "crf: iterations must be 1 or more")
+        for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb"):
+            _require(getattr(self, name) > 0, f"crf: {name} must be positive")
 
 
 @dataclass
 class SeedConfig:
-    """How a CAM becomes a seed mask where a sample carries no seed of its own."""
+    """How a CAM becomes a seed mask where a sample has no seed mask of its own (see weakclip.masks.seeds.seed_mask)."""
 
     background: float = 0.45
     """CAM value (0..1) below which a pixel is background."""
     foreground: float = 0.45
-    """CAM value (0..1) from which a pixel takes the strongest class; between the two thresholds it is ignored (255)."""
+    """CAM value (0..1) from which a pixel takes the strongest class. Between the two thresholds a pixel is ignored (255)."""
     crf: CrfConfig | None = None
-    """Dense CRF after each threshold, whose seed masks the stage `cam` then writes beside the CAMs; null: none."""
+    """Dense CRF after each threshold (IRN's confident areas). It costs about a second per image, so for training the stage `cam`
+    computes these seed masks once and writes them next to the CAMs. Null: only the thresholds are used."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.background <= 1, "seeds.background must lie in 0..1")
@@ -98,41 +177,47 @@ class SeedConfig:
 
 @dataclass
 class AugmentConfig:
+    """Random augmentation of the training samples."""
+
     crop: int = 512
-    """Side of the square training crop, pixels; a multiple of the patch size."""
+    """Side of the square training crop, in pixels; a multiple of the patch size."""
     ratio: list[float] = field(default_factory=lambda: [0.5, 2.0])
     """Smallest and largest random factor on `data.scale`."""
     max_class_share: float = 0.75
-    """A crop in which one class covers more than this share of the seeded pixels is drawn again, up to ten times."""
+    """A crop in which one class covers this share of the seeded pixels or more is drawn again, up to ten times."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     photometric: bool = True
-    """Random brightness (+-32), contrast and saturation (0.5..1.5) and hue (+-18 of 180)."""
+    """Change brightness (+-32), contrast and saturation (0.5..1.5) and hue (+-18 of 180) at random."""
 
     def __post_init__(self) -> None:
         _require(self.crop >= 1, "augment.crop must be positive")
-        _require(len(self.ratio) == 2 and 0 < self.ratio[0] <= self.ratio[1], "augment.ratio must be [smallest, largest] > 0")
+        _require(len(self.ratio) == 2 and 0 < self.ratio[0] <= self.ratio[1], "augment.ratio must be [low, high], both positive")
 
 
 @dataclass
 class ClipConfig:
+    """The frozen CLIP."""
+
     model: str | None = "ViT-B-16-quickgelu"
-    """open_clip's name of the architecture (a ViT with patch 14 or 16); null where `pretrained` is a directory, which says it."""
+    """Name of the architecture in open_clip (a ViT with patch 14 or 16). Null where `pretrained` states its own architecture, as
+    a directory does."""
     pretrained: str = "weights/ViT-B-16.pt"
     """OpenAI's archive, an open_clip checkpoint, a directory with open_clip_config.json and weights, "demo" (ships with the
-    package), or "none": a random start, for tests and timings only."""
+    package), or "none": random initialization, for tests and timings only."""
     image_size: int = 512
-    """Side, pixels, whose token grid the position embedding is resized to once, when the model is built."""
+    """Image side, in pixels, to whose token grid the position embedding is resized once, when the model is built."""
     name_tokens: int = 5
-    """Length a tokenised class name is padded to, start and end token included."""
+    """Length to which a tokenized class name is padded, including the start and end tokens."""
     drop_path: float = 0.1
-    """Stochastic depth of the last frozen block during training (linear from 0 in the first), as published; 0: none."""
+    """Stochastic-depth rate of the last frozen block during training (linear from 0 in the first), as published; 0: none."""
     double_class_embedding: bool = True
-    """Add the class embedding twice to the class token, as published; false: CLIP as it was trained."""
+    """Add the class embedding twice to the class token, as published. False: CLIP as it was trained."""
     normalisation: str = "imagenet"
-    """Mean and deviation that images are normalised with: imagenet, as published, or clip (what OpenAI's was trained on)."""
+    """Mean and std with which images are normalised: imagenet, as published, or clip (with which OpenAI's was trained)."""
     taps: list[int] | None = None
-    """The four blocks, from 0, that feed the pyramid; null: 3, 5, 7, 11 of twelve, the same fractions of other depths."""
+    """Indices, from 0, of the four blocks that feed the pyramid. Null: 3, 5, 7, 11 of twelve, the same fractions of other
+    depths."""
 
     def __post_init__(self) -> None:
         _require(self.name_tokens >= 3, "clip.name_tokens must be 3 or more: start, name, end")
@@ -143,10 +228,12 @@ class ClipConfig:
 
 @dataclass
 class PromptConfig:
+    """The text prompt in front of each class name."""
+
     length: int = 8
-    """N, learnable embeddings between the start token and the class name."""
+    """N, the number of learnable embeddings between the start token and the class name."""
     words: str | None = None
-    """Words that stand there instead, and stay as they are, such as "a photo of a"; N is then the number of their tokens."""
+    """Fixed words to use instead, such as "a photo of a"; they are not trained, and N is the number of their tokens."""
 
     def __post_init__(self) -> None:
         _require(self.length >= 1, "prompts.length must be 1 or more")
@@ -154,25 +241,32 @@ class PromptConfig:
 
 @dataclass
 class AdapterConfig:
+    """The pyramid adapter on the frozen vision tower."""
+
     train: bool = True
-    """False: the pyramid adapter keeps its random start but for BatchNorm's statistics, as in the released recipe, whose learning
-    rate of 0 for the backbone falls on the adapter as well. The paper trains it."""
+    """Train the adapter, as in the paper. False: it keeps its random initialization except for BatchNorm's statistics, as in the
+    released recipe, whose learning rate of 0 for the backbone applies to the adapter as well."""
 
 
 @dataclass
 class MatchingConfig:
+    """Co-attention matching of texts and pixels (paper, section 3.3)."""
+
     width: int = 256
+    """Width of the co-attention layers; a multiple of `heads`."""
     layers: int = 3
-    """0: no co-attention; texts and pixels meet as CLIP embeds them."""
+    """Co-attention layers per branch. 0: no co-attention; the score map compares texts and pixels as CLIP embeds them."""
     heads: int = 4
+    """Attention heads per layer."""
     dropout: float = 0.1
+    """Dropout rate of the attention outputs and in the MLPs."""
     temperature: float = 0.1
     """Initial value of alpha and beta (the paper's temperatures)."""
     chained: bool = False
-    """Feed each layer the one before. False is the published behaviour: every layer reads the branch's input, only the last
-    one's output is used, and the others never get a gradient."""
+    """Feed each layer the output of the previous one. False is the published behaviour: every layer reads the branch's input,
+    only the last layer's output is used, and the others never get a gradient."""
     extra_names: list[str] = field(default_factory=list)
-    """Names that are matched beside the classes and guide the decoder, but are never predicted."""
+    """Names that are matched in addition to the classes and guide the decoder, but are never predicted."""
 
     def __post_init__(self) -> None:
         _require(self.width % self.heads == 0, "matching.width must be a multiple of matching.heads")
@@ -181,58 +275,74 @@ class MatchingConfig:
 
 @dataclass
 class DecoderConfig:
+    """The text-guided decoder: FPN neck and semantic-FPN head (paper, section 3.4)."""
+
     fpn_channels: int = 256
+    """Channels of the neck's feature maps."""
     head_channels: int = 256
+    """Channels of the head's feature maps."""
     dropout: float = 0.1
+    """Probability with which a channel is dropped before the head's classifier."""
     align_corners: bool = True
-    """How the score map is resized to the pyramid's levels: corner pixels onto corner pixels, as published."""
+    """Resize the score map to the pyramid's levels with aligned corners, as published."""
     score_map: bool = True
-    """False: the decoder sees the pyramid alone, no text; `loss.auxiliary` must then be 0, and prompts and matching rest."""
+    """Give the decoder the score map. False: it sees only the pyramid and no text; `loss.weights.auxiliary` must then be 0, and
+    neither the prompts nor the matching are trained."""
 
 
 @dataclass
 class LossConfig:
+    """The losses of WeakCLIP."""
+
     grid: list[int] = field(default_factory=lambda: [64, 64])
     """Height and width of the grid on which the seeding and the boundary loss are computed."""
     align_corners: bool | None = None
-    """How logits are resized to the grid; null: as published, corners onto corners exactly when both sides are odd."""
+    """Resize logits to the grid with aligned corners. Null: only if both sides of the grid are odd, as published."""
+    weights: dict[str, float] = field(default_factory=lambda: {"seeding": 1.0, "boundary": 1.0, "auxiliary": 0.4})
+    """Weight of each loss, by its name in weakclip.registry.LOSSES; 0 turns it off. seeding: cross-entropy on seeded pixels.
+    boundary: divergence from the CRF's output. auxiliary: cross-entropy of the score map."""
     balance: bool = True
-    """Average foreground and background apart, image by image, as the published code does; false: the paper's plain mean."""
-    boundary: bool = True
-    """Use the boundary loss."""
+    """Seeding loss: average foreground and background separately, image by image, as published. False: the paper's plain mean."""
     ratio_clamp: list[float] | None = field(default_factory=lambda: [0.05, 20.0])
-    """Bounds of psi / p in the boundary loss, as published (no gradient outside); null: the paper's plain divergence."""
+    """Boundary loss: clamp psi / p to these bounds, as published (no gradient outside). Null: the paper's plain divergence."""
     truncate_image: bool = True
-    """Cut the image that the boundary loss' CRF sees to 8 bit, as published; false: round it."""
-    auxiliary: float = 0.4
-    """Weight of the cross-entropy of the score map; 0 turns it off."""
+    """Truncate the image that the boundary loss' CRF sees to 8 bits, as published. False: round it."""
     tau: float = 0.07
     """Temperature that divides the score map in the auxiliary loss."""
 
     def __post_init__(self) -> None:
         _require(len(self.grid) == 2 and min(self.grid) >= 2, "loss.grid must be [height, width], each 2 or more")
+        for name, weight in self.weights.items():
+            _require(name in LOSSES, f"loss.weights: unknown loss {name!r}; the losses are {', '.join(LOSSES)}")
+            _require(weight >= 0, f"loss.weights.{name} must be 0 or more")
+        _require(any(self.weights.values()), "loss.weights: at least one loss needs a positive weight")
         clamp = self.ratio_clamp
         _require(clamp is None or (len(clamp) == 2 and 0 < clamp[0] < clamp[1]), "loss.ratio_clamp must be [low, high] > 0")
 
 
 @dataclass
 class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
     optimizer: str = "adamw"
     """adamw, or sgd with momentum 0.9."""
     lr: float = 1e-4
+    """Learning rate at the start of the schedule, without the warm-up's factor."""
     weight_decay: float = 3e-5
+    """Coefficient of the weight decay."""
     decay: str = "all"
-    """What weight_decay acts on: all, or the weights of linear layers and convolutions alone (no bias, norm or embedding)."""
+    """Parameters that `weight_decay` acts on: all, or weights (only those of linear layers and convolutions; no bias, norm or
+    embedding)."""
     schedule: str = "cosine"
-    """How the learning rate falls: cosine, or poly (a power of the share that is left)."""
+    """How the learning rate decays to `min_lr`: cosine, or poly (a power of the remaining share of the steps)."""
     power: float = 0.9
-    """Exponent of the schedule poly."""
+    """Exponent of the poly schedule."""
     warmup: int = 1500
-    """Steps of linear warm-up, from 1e-6 of the learning rate."""
+    """Steps of linear warm-up, starting at 1e-6 of the learning rate."""
     min_lr: float = 1e-6
-    """Where the schedule ends."""
+    """Learning rate at the end of the schedule."""
     clip_grad: float = 0.0
-    """Largest norm of the gradient; 0: no clipping, as published."""
+    """Maximum norm of the gradient; 0: no clipping, as published."""
 
     def __post_init__(self) -> None:
         _require(self.optimizer in ("adamw", "sgd"), "optim.optimizer must be adamw or sgd")
@@ -244,26 +354,28 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
+    """Length and batches of a training, and how often it logs, validates and saves."""
+
     steps: int = 20000
-    """Optimiser steps."""
+    """Number of optimizer steps."""
     batch: int = 8
-    """Images a rank and micro-step; the global batch is batch x accumulate x ranks."""
+    """Images per rank and micro-step; the global batch is batch x accumulate x ranks."""
     accumulate: int = 1
-    """Micro-steps a step."""
+    """Micro-steps per optimizer step (gradient accumulation)."""
     deepspeed: str = "configs/deepspeed/zero1.json"
-    """DeepSpeed's own settings (ZeRO stage and buffers)."""
+    """JSON file with DeepSpeed's own settings (ZeRO stage and buffers)."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     validate_every: int = 500
     """Steps between two validations."""
     validate_images: int | None = None
-    """Validate on the first so many images; null: all."""
+    """Number of images to validate on, the first ones of `data.val`; null: all."""
     checkpoint_every: int = 500
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints that are kept, newest first."""
+    """Number of checkpoints that are kept: the newest ones."""
     pictures: int = 4
-    """Images of the newest batch that TensorBoard shows at each validation."""
+    """Number of images of the newest batch that TensorBoard shows at each validation."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
@@ -271,26 +383,28 @@ class TrainConfig:
 
 
 @dataclass
-class PseudoConfig:
-    """Pseudo masks, and the same inference for scores."""
+class InferenceConfig:
+    """How masks are predicted: `pseudo` for pseudo masks, `retrain.test` for the masks of a retrained network."""
 
     scales: list[float] = field(default_factory=lambda: [0.5, 0.75, 1.0, 1.25, 1.5, 1.75])
+    """Factors on `data.scale`; probabilities are averaged over them."""
     flip: bool = True
-    """Average each scale with its mirror image."""
+    """Average each scale with its horizontal flip."""
     window: int = 512
-    """Side of the sliding window, pixels."""
+    """Side of the sliding window, in pixels."""
     stride: int = 341
+    """Distance between two windows, in pixels; at most `window`."""
     window_batch: int = 4
-    """Windows a forward pass; they come from all scales and mirror images of an image. A large GPU has room for 16 and more."""
+    """Windows per forward pass, from all scales and flips of one image. A large GPU has room for 16 or more."""
     crf: CrfConfig | None = field(default_factory=CrfConfig)
     """Dense CRF at full resolution; null: none."""
     restrict_to_labels: bool = False
     """Zero the probability of classes that the image's labels exclude (training images only)."""
     soft: bool = False
-    """Write the probabilities, too, as they are before the CRF: KEY.npz beside KEY.png."""
+    """Also write the probabilities before the CRF: KEY.npz next to KEY.png."""
     processes: int | None = None
-    """Processes for the CRF and the files, beside the network's; two or more, on a CPU: so many images at a time, a core each.
-    null: one a core that this job may use; 0: none."""
+    """Worker processes that run the CRF and write the files, in addition to the network's process. On a CPU, two or more of them
+    also set the number of images in progress, one core each. Null: one per core that this job may use; 0: none."""
 
     def __post_init__(self) -> None:
         _require(bool(self.scales) and min(self.scales) > 0, "pseudo.scales must be positive numbers")
@@ -298,26 +412,23 @@ class PseudoConfig:
         _require(self.window_batch >= 1, "pseudo.window_batch must be 1 or more")
         _require(self.processes is None or self.processes >= 0, "pseudo.processes must be 0 or more, or null")
 
-    def single_scale(self) -> PseudoConfig:
-        """The quick form, for validation: one scale, no mirror image, no CRF."""
+    def single_scale(self) -> InferenceConfig:
+        """Return the fast settings for validation: one scale, no flip, no CRF."""
         return replace(self, scales=[1.0], flip=False, crf=None)
 
 
 @dataclass
 class CamConfig:
-    """CAMs from image labels: by the frozen CLIP without any training (CLIP-ES, CVPR 2023), or by MCTformer (CVPR 2022)."""
+    """How CAMs are made from image labels: by the frozen CLIP without training (CLIP-ES, CVPR 2023), or MCTformer (CVPR 2022)."""
 
-    data: str | None = None
-    """Labelled shard set that CAMs are made for: directory or URL. The stage `cam` writes it with CAMs to `data.train`, and
-    `data.build` then says how this set is made. Null: no such stage."""
     source: str = "clip"
-    """What makes them: clip, or mctformer, which the stage `classify` trains first. Prompts and boxes are clip's alone."""
+    """Source of the CAMs: clip, or mctformer, which the stage `classify` trains first. Prompts and boxes apply to clip only."""
     prompts: list[str] = field(default_factory=lambda: ["a clean origami {}."])
-    """Templates of the texts, each with {} where the name stands. Of several the one with the least sharpness is taken."""
+    """Templates of the texts, each with {} in place of the class name. Of several, the one with the lowest sharpness is used."""
     prompt_images: int = 256
-    """Images, spread evenly over the set, on which sharpness is measured; those with two or more labels count."""
+    """Number of images, spread evenly over the set, on which sharpness is measured; only those with two or more labels count."""
     synonyms: dict[str, str] = field(default_factory=dict)
-    """What stands in the texts for a class name that CLIP understands badly: {person: people}."""
+    """Replacements in the texts for class names that CLIP understands badly: {person: people}."""
     background_names: list[str] = field(
         default_factory=lambda: [
             "ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea", "railway",
@@ -325,25 +436,26 @@ class CamConfig:
             "bridge", "sign",
         ]
     )  # fmt: skip
-    """Names that compete with an image's labels in the softmax; empty: all classes do."""
+    """Names that compete with an image's labels in the softmax. Empty: all other classes compete."""
     normalisation: str = "clip"
-    """Mean and deviation of images, those that CLIP was trained with: clip (OpenAI's) or imagenet (the demo's)."""
+    """Mean and std with which images are normalised, as in CLIP's training: clip (OpenAI's) or imagenet (the demo's)."""
     scales: list[float] = field(default_factory=lambda: [1.0])
     """Factors on `data.scale`; maps are averaged over them. Sides are rounded to whole patches."""
     flip: bool = False
-    """Average each scale with its mirror image."""
+    """Average each scale with its horizontal flip."""
     attention_blocks: int = 8
-    """Last blocks whose attention is averaged; all where the tower has fewer."""
+    """Number of last blocks whose attention is averaged; all where the tower has fewer."""
     box_threshold: float = 0.4
-    """Share of a map's maximum from which a cell counts: affinity spreads what lies in boxes around such cells."""
+    """Share of a map's maximum from which a cell counts as strong. The affinity spreads only what lies in the bounding boxes of
+    strong cells."""
     affinity_steps: int = 2
-    """t, how often the affinity is applied; 0: softmax-GradCAM alone."""
+    """t, the number of times that the affinity is applied; 0: softmax-GradCAM alone."""
 
     def __post_init__(self) -> None:
-        _require(self.source in ("clip", "mctformer"), "cam.source must be clip or mctformer")
-        _require(bool(self.prompts), "cam.prompts must name a template")
+        _require_choice("cam.source", self.source, list(CAM_SOURCES))
+        _require(bool(self.prompts), "cam.prompts must have at least one template")
         for prompt in self.prompts:
-            _require(prompt.count("{}") == 1, f"cam.prompts: {prompt!r} must have one {{}}, where the name stands")
+            _require(prompt.count("{}") == 1, f"cam.prompts: {prompt!r} must have exactly one {{}}, in place of the class name")
         _require(self.prompt_images >= 1, "cam.prompt_images must be 1 or more")
         _require(self.normalisation in ("imagenet", "clip"), "cam.normalisation must be imagenet or clip")
         _require(bool(self.scales) and min(self.scales) > 0, "cam.scales must be positive numbers")
@@ -354,66 +466,75 @@ class CamConfig:
 
 @dataclass
 class ClassifyConfig:
-    """MCTformer, trained on the image labels of `cam.data` in RUN/classify: its activations and attention are the CAMs."""
+    """Training of MCTformer on the image labels of `data.labelled`, in RUN/classify. Its activations and attention give CAMs."""
 
     backbone: str = "deit_small_patch16_224"
-    """timm's name of a ViT."""
+    """Name of a plain ViT in timm."""
     pretrained: str | None = None
-    """ImageNet weights of the backbone: timm's safetensors or DeiT's .pth; null: a random start."""
+    """ImageNet weights of the backbone: timm's safetensors or DeiT's .pth; null: random initialization."""
     head_lr: float = 1.0
     """Factor on `optim.lr` for the class tokens and the patch head."""
     drop_path: float = 0.1
+    """Stochastic-depth rate of the last block during training (linear from 0 in the first); 0: none."""
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop=224, ratio=[0.4375, 0.625], max_class_share=1.0))
+    """Augmentation; the position embedding has the size of `crop`."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-4, weight_decay=0.05))
+    """Optimizer and learning-rate schedule of this training."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(batch=64, steps=10000))
+    """Length, batches, logging and checkpoints of this training."""
 
     def __post_init__(self) -> None:
         _require(self.head_lr > 0, "classify.head_lr must be positive")
         _require(0 <= self.drop_path < 1, "classify.drop_path must lie in 0..1")
 
 
-NETWORKS = ("resnet38", "segmenter", "segformer")
-"""That can be trained on pseudo masks."""
-
-
 @dataclass
 class RetrainConfig:
-    """An ordinary segmentation network, trained on the pseudo masks in RUN/retrain/NETWORK and tested on `data.val`."""
+    """Training of an ordinary segmentation network on the pseudo masks, in RUN/retrain/NETWORK, and its test on `data.val`."""
 
     network: str | None = None
-    """resnet38, segmenter or segformer; null: no such stage."""
+    """resnet38, segmenter or segformer; null: nothing is retrained."""
     backbone: str | None = None
-    """Its size: wide or narrow, timm's name of a ViT, or b0 to b5; null: the published one."""
+    """Size of the network: wide or narrow (resnet38), timm's name of a DeiT (segmenter), or b0 to b5 (segformer). Null: the
+    published size."""
     pretrained: str | None = None
-    """ImageNet weights of the backbone, in the format that its authors or its library publish; null: a random start."""
+    """ImageNet weights of the backbone, in the format that its authors or its library publish; null: random initialization."""
     head_lr: float = 1.0
-    """Factor on `optim.lr` for the parts that begin at random even so."""
+    """Factor on `optim.lr` for the parts that are initialized at random even with `pretrained`."""
     targets: str = "pseudo"
-    """What it is trained towards: pseudo (the masks in RUN/pseudo), or seeds (those of `data.train`, or of its CAMs), without
-    WeakCLIP, in RUN/retrain/NETWORK-seeds: what a baseline comes to, or pseudo masks that shards/reshard.py put in."""
+    """Masks to train on: pseudo (the masks in RUN/pseudo), or seeds (the seed masks in `data.train`, or those from its CAMs).
+    seeds trains in RUN/retrain/NETWORK-seeds and does not involve WeakCLIP: use it for a baseline, or for pseudo masks that
+    shards/reshard.py has put into the shards."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Augmentation of the training samples."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning-rate schedule of this training."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    test: PseudoConfig = field(default_factory=PseudoConfig)
-    """How `data.val` is segmented: scales, mirror images, windows, CRF."""
+    """Length, batches, logging and checkpoints of this training."""
+    test: InferenceConfig = field(default_factory=InferenceConfig)
+    """How `data.val` is segmented: scales, flips, windows, CRF."""
 
     def __post_init__(self) -> None:
-        _require(self.network is None or self.network in NETWORKS, f"retrain.network must be one of {', '.join(NETWORKS)}")
+        if self.network is not None:
+            _require_choice("retrain.network", self.network, list(NETWORKS))
+            backbones = NETWORKS[self.network].backbones
+            if self.backbone is not None and self.backbone not in backbones:
+                raise ConfigError(f"retrain.backbone: {self.network} has no {self.backbone!r}; pick from {', '.join(backbones)}")
         _require(self.targets in ("pseudo", "seeds"), "retrain.targets must be pseudo or seeds")
         _require(self.head_lr > 0, "retrain.head_lr must be positive")
-        _require(not self.test.restrict_to_labels, "retrain.test.restrict_to_labels: a test image has no labels")
+        _require(not self.test.restrict_to_labels, "retrain.test.restrict_to_labels must be false: test images have no labels")
 
 
 @dataclass
 class DemoConfig:
-    """The synthetic world; only `python -m weakclip.demo` reads it."""
+    """The synthetic world; only `python -m weakclip.demo` uses it."""
 
     seed: int = 0
-    """Which world: another seed, other pictures."""
+    """Seed of the world: another seed draws other images."""
     size: int = 240
-    """Training pictures, and as many unseen ones."""
+    """Number of training images; the world has the same number of unseen images."""
     seeds: str = "cam"
-    """cam: train on class activation maps; exact: on the exact masks (the ceiling of model and budget)."""
+    """cam: train on class activation maps. exact: train on the exact masks (an upper bound for the model and its budget)."""
 
     def __post_init__(self) -> None:
         _require(self.size >= 8, "demo.size must be 8 or more")
@@ -422,90 +543,57 @@ class DemoConfig:
 
 @dataclass
 class Config:
+    """A recipe: every setting of a run, from the shards to the retrained network."""
+
     run: str = "runs/voc"
-    """Run directory: everything that survives a job is in it."""
+    """Run directory: it holds everything that outlives a job."""
     seed: int = 0
-    """Seeds the initialisation, the order of the samples and their augmentation."""
+    """Seed of the initialization, of the order of the samples and of their augmentation."""
     precision: str = "auto"
-    """fp32, bf16 (autocast; weights and optimiser stay fp32), or auto: bf16 on GPUs, fp32 on CPU."""
+    """fp32, bf16 (autocast; weights and optimizer state stay fp32), or auto: bf16 on GPUs, fp32 on CPUs."""
     classes: str = "voc"
-    """voc, coco, demo, or a text file with one class name a line, background first."""
+    """voc, coco, demo, or a text file with one class name per line, background first."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Shard sets and how they are read."""
     cam: CamConfig = field(default_factory=CamConfig)
+    """How CAMs are made from image labels."""
     seeds: SeedConfig = field(default_factory=SeedConfig)
+    """How CAMs become seed masks."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Augmentation in WeakCLIP's training."""
     clip: ClipConfig = field(default_factory=ClipConfig)
+    """The frozen CLIP."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
+    """The text prompt in front of each class name."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """The pyramid adapter."""
     matching: MatchingConfig = field(default_factory=MatchingConfig)
+    """Co-attention matching of texts and pixels."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The text-guided decoder."""
     loss: LossConfig = field(default_factory=LossConfig)
+    """Losses of WeakCLIP's training."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and learning-rate schedule of WeakCLIP's training."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    pseudo: PseudoConfig = field(default_factory=PseudoConfig)
+    """Length, batches, logging and checkpoints of WeakCLIP's training."""
+    pseudo: InferenceConfig = field(default_factory=InferenceConfig)
+    """How pseudo masks are predicted."""
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
+    """Training of MCTformer, for `cam.source` mctformer."""
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
+    """Training of a segmentation network on the pseudo masks."""
     demo: DemoConfig = field(default_factory=DemoConfig)
+    """The synthetic world of `python -m weakclip.demo`."""
 
     def __post_init__(self) -> None:
         _require(self.precision in ("auto", "fp32", "bf16"), "precision must be auto, fp32 or bf16")
-        if self.cam.data is not None:
-            _require(self.cam.data != self.data.train, "cam.data must be another set than data.train, where it goes with CAMs")
-            _require("://" not in self.data.train, "data.train must be a directory, since the stage cam writes it (cam.data)")
-        without = not self.decoder.score_map and self.loss.auxiliary
-        _require(not without, "decoder.score_map=false needs loss.auxiliary=0, whose score map would be trained for nothing")
+        unused = not self.decoder.score_map and self.loss.weights.get("auxiliary", 0)
+        _require(
+            not unused, "decoder.score_map=false needs loss.weights.auxiliary=0: that loss trains a score map that nothing uses"
+        )
 
     @property
-    def labelled(self) -> str:
-        """Where the shard set lies that `data.build` makes: `cam.data`, or `data.train` where no CAMs are to be made."""
-        return self.data.train if self.cam.data is None else self.cam.data
-
-
-def load(path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
-    """The config in the YAML file `path`, or in several, each of which changes those before, and in `overrides` ("seed=1").
-
-    Raises ConfigError on a missing file, an unknown key (naming the nearest), a wrong type or a value out of range.
-    """
-    paths = [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
-    for text in overrides:
-        _require("=" in text and not text.startswith("-"), f"{text!r}: an override is written key.sub=value")
-    merged = OmegaConf.structured(Config)
-    for each in paths:
-        if not each.is_file():
-            raise ConfigError(f"{each}: no such config file")
-        merged = _merge(merged, lambda each=each: OmegaConf.load(each), str(each))  # type: ignore[misc]
-    for text in overrides:
-        merged = _merge(merged, lambda text=text: OmegaConf.from_dotlist([text]), text)  # type: ignore[misc]
-    try:
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except (OmegaConfBaseException, ConfigError) as error:
-        raise ConfigError(f"{', '.join(map(str, paths))}: {str(error).splitlines()[0]}") from error
-
-
-def save(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML."""
-    write_whole(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
-
-
-def _merge(base: Any, read: Any, source: str) -> Any:
-    try:
-        return OmegaConf.merge(base, read())
-    except ConfigKeyError as error:
-        key = str(error.full_key or error.key)
-        nearest = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.0)[0]
-        raise ConfigError(f"{source}: unknown key {key!r}; the nearest is {nearest!r}") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # PyYAML's errors share no base with OmegaConf's
-        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from error
-
-
-def _keys(cls: type, prefix: str = "") -> list[str]:
-    keys = []
-    hints = get_type_hints(cls)
-    for item in fields(cls):  # type: ignore[arg-type]
-        keys.append(prefix + item.name)
-        for candidate in (hints[item.name], *getattr(hints[item.name], "__args__", ())):
-            if isinstance(candidate, type) and is_dataclass(candidate):
-                keys += _keys(candidate, f"{prefix}{item.name}.")
-    return keys
+    def run_dir(self) -> RunDir:
+        """Paths in the run directory."""
+        return RunDir(Path(self.run))

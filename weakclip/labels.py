@@ -1,12 +1,14 @@
-"""Class names, palette and id maps: the one place that knows them.
+"""Class names, palette and id maps, which are defined nowhere else.
 
-Class 0 is background everywhere, and 255 means "ignore". A class set is a tuple of names whose position is the class index.
+Class 0 is background everywhere, and 255 means "ignore". A class set is a tuple of names; a name's position is its class index.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+
+from weakclip.runtime.errors import UserError
 
 IGNORE = 255
 
@@ -32,7 +34,7 @@ _COCO_THINGS = (
     (90, "toothbrush"),
 )  # fmt: skip
 
-# What the gaps were meant for. No annotation uses them, but the released COCO models know them as classes of their own.
+# Names that were planned for the gaps. No annotation uses them, but the released COCO models treat them as separate classes.
 _COCO_GAPS = (
     (12, "street sign"), (26, "hat"), (29, "shoe"), (30, "eye glasses"), (45, "plate"), (66, "mirror"), (68, "window"),
     (69, "desk"), (71, "door"), (83, "blender"),
@@ -43,7 +45,7 @@ COCO = ("background", *(name for _, name in _COCO_THINGS))
 COCO_GAP_NAMES = tuple(name for _, name in _COCO_GAPS)
 
 COCO_RAW_IDS = (0, *(raw for raw, _ in _COCO_THINGS), *(raw for raw, _ in _COCO_GAPS))
-"""Raw id (0..90) of each of COCO's 81 classes, then of the ten gaps: where they stand in a 91-way head."""
+"""Raw id (0..90) of each of COCO's 81 classes, then of the ten gaps: their positions in a 91-way head."""
 
 COCO_ID_TO_CLASS = {raw: index for index, (raw, _) in enumerate(_COCO_THINGS, start=1)}
 """COCO category id (1..90, with gaps) -> class index (1..80)."""
@@ -53,7 +55,7 @@ DEMO = ("background", "cat", "dog", "cow", "bird", "fish", "car", "boat", "bus")
 
 CLASS_SETS = {"voc": VOC, "coco": COCO, "demo": DEMO}
 
-# The same things under VOC's and COCO's names; all other names that both have are equal.
+# VOC's and COCO's names of the same classes; all other classes that both have share one name.
 _ALIASES = (
     ("aeroplane", "airplane"), ("diningtable", "dining table"), ("motorbike", "motorcycle"), ("pottedplant", "potted plant"),
     ("sofa", "couch"), ("tvmonitor", "tv"),
@@ -62,37 +64,37 @@ _OTHER_NAME = dict(_ALIASES) | {coco: voc for voc, coco in _ALIASES}
 
 
 def class_names(spec: str) -> tuple[str, ...]:
-    """Class names for `spec`: "voc", "coco", "demo", or a text file with one name a line, background first.
+    """Return the class names for `spec`: "voc", "coco", "demo", or a text file with one name per line, background first.
 
-    Raises ValueError when `spec` is none of these, or when the file's names are not usable.
+    Raises UserError when `spec` is none of these, or when the file's names cannot be used.
     """
     if spec in CLASS_SETS:
         return CLASS_SETS[spec]
     path = Path(spec)
     if not path.is_file():
-        raise ValueError(f"classes: {spec!r} is neither {', '.join(CLASS_SETS)} nor a text file with one class name a line")
+        raise UserError(f"classes: {spec!r} is neither {', '.join(CLASS_SETS)} nor a text file with one class name per line")
     names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     if len(names) < 2 or names[0] != "background":
-        raise ValueError(f"{path}: needs at least two lines, the first of which is 'background'")
+        raise UserError(f"{path}: needs at least two class names, one per line, the first of them 'background'")
     if len(set(names)) < len(names):
-        raise ValueError(f"{path}: a class name stands in it twice")
+        raise UserError(f"{path}: a class name is listed twice; each must be unique")
     if len(names) > IGNORE:
-        raise ValueError(f"{path}: {len(names)} classes; an 8-bit mask holds at most {IGNORE}")
+        raise UserError(f"{path}: {len(names)} classes; an 8-bit mask holds at most {IGNORE}")
     return names
 
 
 def find_class(name: str, names: Sequence[str]) -> int | None:
-    """Index in `names` of the class called `name`, or by its other name (aeroplane is airplane); None if there is none."""
+    """Return the index in `names` of the class `name`, also by its VOC or COCO synonym (aeroplane, airplane); None if absent."""
     return next((names.index(known) for known in (name, _OTHER_NAME.get(name)) if known in names), None)
 
 
 def class_map(names: Sequence[str], target: Sequence[str]) -> tuple[int, ...]:
-    """For each class of `names` its index in the class list `target`; 0, the background, for those that `target` lacks."""
+    """Return the index in `target` of each class in `names`; 0, the background, for classes that `target` does not have."""
     return tuple(find_class(name, target) or 0 for name in names)
 
 
 def palette(num_classes: int = 256) -> list[int]:
-    """PASCAL VOC's colour map as a flat list of 3 * `num_classes` values: the bits of the index spread over R, G, B."""
+    """Return PASCAL VOC's colour map as a flat list of 3 * `num_classes` values: the index's bits spread over R, G and B."""
     colours = []
     for index in range(num_classes):
         rgb = [0, 0, 0]
@@ -103,10 +105,10 @@ def palette(num_classes: int = 256) -> list[int]:
     return colours
 
 
-def check_same(names: Sequence[str], other: Sequence[str], where: str) -> None:
-    """Raise ValueError naming `where` when two class lists differ."""
+def require_same(names: Sequence[str], other: Sequence[str], where: str) -> None:
+    """Raise UserError naming `where` when two class lists differ."""
     if tuple(names) != tuple(other):
-        raise ValueError(
+        raise UserError(
             f"{where}: its classes are {len(other)} ({', '.join(other[:4])}, ...), not the config's {len(names)} "
-            f"({', '.join(names[:4])}, ...); set `classes` to the list the shards were built with"
+            f"({', '.join(names[:4])}, ...); set `classes` to the list that it was made with"
         )

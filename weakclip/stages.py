@@ -1,7 +1,7 @@
-"""The stages of the way from labels to masks: what each needs, how it runs, and how far it is.
+"""The stages from labels to masks: what each needs, how it runs, and its progress.
 
-A stage is a function of a config and, where it works image by image, a part of the shards. It can be run again at any time and
-does what is missing. Importing this module is light: a login node asks it before anything is submitted.
+A stage is a function of a config and, where it works image by image, of a part of the shards. It can be run again at any time
+and does only what is missing. Importing this module is light, since login nodes do so before they submit anything.
 """
 
 from __future__ import annotations
@@ -12,16 +12,24 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from weakclip import registry
+from weakclip.cams import make
 from weakclip.config import Config, ConfigError
 from weakclip.data.index import Index
-from weakclip.datasets import writing
+from weakclip.datasets import build
 from weakclip.evaluation.score_files import Scored
 from weakclip.masks import mask_folder
-from weakclip.runtime import run_dir as runs
-from weakclip.training.jobs import TASKS, Retrain
+from weakclip.masks.mask_folder import MaskSettings
+from weakclip.registry import CAM_SOURCES
+from weakclip.runtime.run_dir import RunDir, checkpoint_step
+from weakclip.training import jobs
+from weakclip.training.claim import require_same_settings
+from weakclip.training.jobs import JOBS
 
 
 class Progress(NamedTuple):
+    """The amount of a stage that is done."""
+
     done: int
     total: int
     unit: str
@@ -34,176 +42,118 @@ class Progress(NamedTuple):
         return f"{self.done}/{self.total} {self.unit}"
 
 
-Run = Callable[[Config, "str | None"], None]
-Counted = Callable[[Config, "Index | None"], Progress]
-
-
 @dataclass(frozen=True)
 class Stage:
+    """One stage of the chain."""
+
     name: str
-    ranks: bool
-    """One job of ranks that work together; else an array of tasks, with a slice of the shards each."""
-    gpus: bool
-    """It has use for them."""
     data: str
     """The shard set that it works on: labelled, train or val."""
-    overwrites: bool
-    """It replaces what it made of other weights; else that must be removed first."""
-    run: Run
-    """Does it, on a config and, in an array, on the shards "A:B". Raises ValueError for what the user can mend."""
-    progress: Counted
-    """Of a config on its training shards, None before they are built. Raises ConfigError where products of another config are
-    in the way."""
+    progress: Callable[[Config, Index | None], Progress]
+    """(config, training shards or None before they are built) -> progress. Raises ConfigError where results of another config
+    are in the way."""
+    runner: str | None = None
+    """Import path of its function (config, part), for a stage whose array of tasks shares the shards; None: one job of ranks that
+    train together."""
+    gpus: bool = True
+    """Whether it can use GPUs."""
+    overwrites: bool = False
+    """Whether it replaces results of other weights; otherwise they must be removed first."""
 
+    @property
+    def ranks(self) -> bool:
+        """Whether it is one job of ranks, rather than an array of tasks."""
+        return self.runner is None
 
-def best_weights(run: Path) -> Path | None:
-    """Those on the best validation, or the last where there is no validation; None before there are any."""
-    files = (run / "weights" / name for name in ("best.safetensors", "last.safetensors"))
-    return next((path for path in files if path.is_file()), None)
-
-
-def _shards(config: Config, part: str | None) -> None:
-    from weakclip.data.index import select_numbers
-    from weakclip.datasets import build
-
-    options = build.of_recipe(config)
-    if not _shards_progress(config, None).complete:
-        plan = build.plan(options)
-        plan.run(options.processes, select_numbers(plan.shards, part, config.labelled))
+    def run(self, config: Config, part: str | None) -> None:
+        """Do what is missing, on all shards or on `part` ("A:B"). Raises UserError for mistakes of the user."""
+        if self.runner is None:
+            registry.load("weakclip.train:run")(self.name, config, resume=True)
+        else:
+            registry.load(self.runner)(config, part)
 
 
 def _shards_progress(config: Config, _index: Index | None) -> Progress:
-    from weakclip.datasets import build
-
-    if not config.data.build:
-        raise ConfigError("data.build is empty: it says what the shards are made of, such as [voc, --devkit, DIR, ...]")
-    options = build.of_recipe(config)
-    key = "data.train" if config.cam.data is None else "cam.data"
-    found = writing.written(Path(config.labelled), build.about(options), key, "data.build")
-    return Progress(*(found or (0, build.plan(options).shards)), "shards")
-
-
-def _cam(config: Config, part: str | None) -> None:
-    from weakclip import cam
-
-    cam.run(config, part)
+    return Progress(*build.written(config), "shards")
 
 
 def _cam_progress(config: Config, _index: Index | None) -> Progress:
-    from weakclip import cam
-
-    if config.cam.data is not None and config.data.build:
-        pictures = _shards_progress(config, None)
-        if not pictures.complete:
-            return Progress(cam.written(config, None), pictures.total, "shards")
-    labelled = cam.open_labelled(config)
-    return Progress(cam.written(config, labelled), len(labelled.shards), "shards")
+    if config.data.labelled is not None and config.data.build.source:
+        images = _shards_progress(config, None)
+        if not images.complete:
+            return Progress(make.written(config, None), images.total, "shards")
+    labelled = make.open_labelled(config)
+    return Progress(make.written(config, labelled), len(labelled.shards), "shards")
 
 
-def _train(name: str, config: Config, _part: str | None) -> None:
-    from weakclip import train
-
-    train.run(TASKS[name](config), resume=True)
-
-
-def _train_progress(name: str, config: Config, _index: Index | None) -> Progress:
-    task = TASKS[name](config)
-    runs.check_same(task.config, task.fixed)
-    saved = [runs.checkpoint_step(path) for path in runs.checkpoints(task.run)]
-    return Progress(max(saved, default=0), task.config.train.steps, "steps")
-
-
-def training(name: str, data: str) -> Stage:
-    """The stage of a task."""
-    run, progress = partial(_train, name), partial(_train_progress, name)
-    return Stage(name, ranks=True, gpus=True, data=data, overwrites=False, run=run, progress=progress)
-
-
-def making(name: str, data: str, run: Run, progress: Counted, gpus: bool = True, overwrites: bool = False) -> Stage:
-    """A stage that works image by image."""
-    return Stage(name, ranks=False, gpus=gpus, data=data, overwrites=overwrites, run=run, progress=progress)
-
-
-def _pseudo(config: Config, part: str | None) -> None:
-    from weakclip import pseudo
-    from weakclip.checkpoints import weights
-
-    pseudo.run(config, config.data.train, weights.find(config, "best"), _masks(config), part)
+def _training_progress(name: str, config: Config, _index: Index | None) -> Progress:
+    job = JOBS[name](config)
+    require_same_settings(job)
+    saved = [checkpoint_step(path) for path in job.run.checkpoints()]
+    return Progress(max(saved, default=0), job.train.steps, "steps")
 
 
 def _pseudo_progress(config: Config, index: Index | None) -> Progress:
-    folder = _masks(config)
-    _refuse_others(folder, config)
+    folder = config.run_dir.pseudo
+    _refuse_others(folder, MaskSettings.of(config), config.run_dir)
     entries = index.entries if index else ()
-    return Progress(len(entries) - len(mask_folder.missing(folder, entries, config.pseudo.soft)), len(entries), "images")
+    missing = mask_folder.missing(folder, entries, config.pseudo.soft)
+    return Progress(len(entries) - len(missing), len(entries), "images")
 
 
-def _refuse_others(folder: Path, config: Config) -> None:
-    """Raises ConfigError where masks of other weights than the run's best, or of other options, are in the way."""
-    weights, earlier = best_weights(Path(config.run)), mask_folder.read_about(folder)
-    if earlier is not None and (weights is None or earlier != mask_folder.about(config, weights)):
+def _refuse_others(folder: Path, settings: MaskSettings, run: RunDir) -> None:
+    """Raise ConfigError where masks of other weights than the run's best, or of other settings, are in the way."""
+    weights, earlier = run.best_weights(), mask_folder.read_provenance(folder)
+    if earlier is not None and (weights is None or earlier != mask_folder.provenance(settings, weights)):
         raise ConfigError(
-            f"{folder} holds masks of other weights or options (see {folder}/about.json); remove it or set run anew"
+            f"{folder} holds masks of other weights or settings (see {folder}/about.json); "
+            "remove it, or set run to another directory"
         )
 
 
-def _evaluate(config: Config, part: str | None) -> None:
-    from weakclip import evaluate
-
-    evaluate.run_part(config, part)
-
-
 def _evaluate_progress(config: Config, index: Index | None) -> Progress:
-    return Progress(*(Scored.pseudo(Path(config.run)).done(index) if index else (0, 0)), "shards")
-
-
-def _test(config: Config, part: str | None) -> None:
-    from weakclip import test
-
-    test.run(config, part)
+    return Progress(*(Scored.pseudo(config.run_dir).done(index) if index else (0, 0)), "shards")
 
 
 def _test_progress(config: Config, _index: Index | None) -> Progress:
-    task = Retrain(config)
+    job = jobs.retrain(config)
     if config.data.val is None:
-        raise ConfigError("data.val is null: it names the shard set that the retrained network is tested on")
-    place = Scored.predicted(task.run, "val")
-    _refuse_others(place.masks, task.config)
+        raise ConfigError("data.val is null; set it to the shard set that the retrained network is tested on")
+    place = Scored.predicted(job.run, "val")
+    _refuse_others(place.masks, job.mask_settings, job.run)
     return Progress(*place.done(Index.load(config.data.val, config.data)), "shards")
-
-
-def _masks(config: Config) -> Path:
-    return Path(config.run) / "pseudo"
 
 
 STAGES = {
     stage.name: stage
     for stage in (
-        making("shards", "labelled", _shards, _shards_progress, gpus=False),
-        training("classify", "labelled"),
-        making("cam", "labelled", _cam, _cam_progress),
-        training("train", "train"),
-        making("pseudo", "train", _pseudo, _pseudo_progress),
-        training("retrain", "train"),
-        making("test", "val", _test, _test_progress),
-        making("evaluate", "train", _evaluate, _evaluate_progress, gpus=False, overwrites=True),
+        Stage("shards", "labelled", _shards_progress, "weakclip.datasets.build:run_part", gpus=False),
+        Stage("classify", "labelled", partial(_training_progress, "classify")),
+        Stage("cam", "labelled", _cam_progress, "weakclip.cams.make:run"),
+        Stage("train", "train", partial(_training_progress, "train")),
+        Stage("pseudo", "train", _pseudo_progress, "weakclip.pseudo:run_part"),
+        Stage("retrain", "train", partial(_training_progress, "retrain")),
+        Stage("test", "val", _test_progress, "weakclip.test:run"),
+        Stage("evaluate", "train", _evaluate_progress, "weakclip.evaluate:run_part", gpus=False, overwrites=True),
     )
 }
-"""In the order of the chain: each needs all before it."""
+"""Stages by name, in the order of the chain: each needs all before it."""
 
 
 MAKERS = ("shards", "cam")
-"""Stages that make shard sets, the last of which in a chain makes `data.train`. All have as many shards as it."""
+"""Stages that write shard sets. The last of them in a chain writes `data.train`. All write the same number of shards."""
 
 
 def chain(config: Config) -> list[Stage]:
-    """All stages that a config has: shards and CAMs that are there already need not be made, and a network that is trained on
-    seeds needs no WeakCLIP."""
+    """Return the stages of a config.
+
+    Shards and CAMs that already exist need no stage, and a network that is trained on seeds needs no WeakCLIP.
+    """
     on_seeds = config.retrain.network is not None and config.retrain.targets == "seeds"
     absent = {
-        "shards": not config.data.build,
-        "classify": config.cam.data is None or config.cam.source != "mctformer",
-        "cam": config.cam.data is None,
+        "shards": config.data.build.source is None,
+        "classify": config.data.labelled is None or not CAM_SOURCES[config.cam.source].classifier,
+        "cam": config.data.labelled is None,
         **dict.fromkeys(("train", "pseudo", "evaluate"), on_seeds),
         "retrain": config.retrain.network is None,
         "test": config.retrain.network is None or config.data.val is None,
@@ -212,5 +162,5 @@ def chain(config: Config) -> list[Stage]:
 
 
 def is_made(config: Config) -> bool:
-    """Whether nothing is missing any more in `data.train` of what stages make of it."""
+    """Return whether all stages that write `data.train` are complete."""
     return all(stage.progress(config, None).complete for stage in chain(config) if stage.name in MAKERS)

@@ -37,3 +37,27 @@ def metrics(run: Path, name: str = "loss/total") -> dict[int, float]:
     """Step -> value of one curve in a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line[name] for line in lines if name in line}
+
+
+BUG = """
+import os
+
+if os.environ.get("WITH_A_BUG"):
+    import numpy as np
+    from weakclip import registry
+
+    load = registry.load
+
+    def broken(path):
+        return load(path) if path != "weakclip.pseudo:run_part" else lambda config, part: np.zeros(2) + np.zeros(3)
+
+    registry.load = broken
+"""
+
+
+@pytest.fixture
+def with_a_bug(tmp_path) -> dict[str, str]:
+    """Environment variables with which numpy raises a ValueError in the stage `pseudo`, in jobs as well."""
+    (tmp_path / "bug").mkdir()
+    (tmp_path / "bug" / "sitecustomize.py").write_text(BUG)  # which Python runs when it starts
+    return {"WITH_A_BUG": "1", "PYTHONPATH": f"{REPO}:{tmp_path / 'bug'}"}

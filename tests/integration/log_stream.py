@@ -13,7 +13,7 @@ from pathlib import Path
 
 from weakclip import cli, labels
 from weakclip.data.index import open_index
-from weakclip.data.stream import training_batches
+from weakclip.data.stream import StreamSettings, training_batches
 from weakclip.masks.seeds import seed_mask
 
 
@@ -27,7 +27,9 @@ def main(arguments: list[str]) -> None:
     index, mixed = open_index(config.data.train, names), [open_index(path, names) for path in config.data.mix]
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     first = options.consumed // (config.train.batch * ranks)
-    batches = training_batches(index, config, partial(seed_mask, config=config.seeds), options.consumed, rank, ranks, mixed)
+    batches = training_batches(
+        index, StreamSettings.of(config), partial(seed_mask, config=config.seeds), options.consumed, rank, ranks, mixed
+    )
     with (options.folder / f"rank-{rank}.jsonl").open("a") as file:
         for step, batch in enumerate(islice(batches, options.steps - first), first):
             samples = zip(batch.keys, batch.images, batch.seeds, batch.photometric, strict=True)

@@ -16,10 +16,10 @@ from filelock import FileLock
 from PIL import Image
 
 from tests.integration.conftest import ENVIRONMENT, REPO, command
-from weakclip import config as configs
 from weakclip.datasets import build
 from weakclip.demo import world
 from weakclip.labels import class_names
+from weakclip.recipe import load
 
 pytest_plugins = ["tests.integration.slurm_cluster"]
 
@@ -29,8 +29,8 @@ run: {folder}/run
 classes: demo
 data:
   train: {folder}/train
-  build: [folder, --images, {folder}/images, --labels, {folder}/labels.csv, --masks, {folder}/masks, --cams, {folder}/cams,
-          --cam-keys, class, --samples-per-shard, 4, --processes, 1]
+  build: {{source: folder, images: "{folder}/images", labels: "{folder}/labels.csv", mask_dir: "{folder}/masks",
+           cams: "{folder}/cams", cam_keys: class, samples_per_shard: 4, processes: 1}}
   scale: [384, 96]
   workers: 1
   shuffle_window: 2
@@ -80,8 +80,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not folder.exists():
             draw(folder, count=24)
             (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=STEPS))
-            config = configs.load(folder / "recipe.yaml")
-            build.plan(build.of_recipe(config)).run()
+            build.plan_of(load(folder / "recipe.yaml")).run()
     return folder / "recipe.yaml"
 
 

@@ -74,7 +74,7 @@ def finished(coco_mini, tiny_clip, tmp_path_factory):
     folder = tmp_path_factory.mktemp("coco")
     script("shards/build.py", *some(coco_mini, "val2014", 4, folder), "--out", folder / "val")
     build = ", ".join(map(str, some(coco_mini, "train2014", 10, folder)))
-    where = (f"run={folder}/run", f"data.train={folder}/cams", f"data.val={folder}/val", f"cam.data={folder}/labelled")
+    where = (f"run={folder}/run", f"data.train={folder}/cams", f"data.val={folder}/val", f"data.labelled={folder}/labelled")
     clip = (f"clip.pretrained={tiny_clip}", "clip.image_size=64", "cam.background_names=[]", "cam.prompts=['{}']")
     recipe = ("--config", "configs/coco_mini.yaml", f"data.build=[{build}]", *where, *clip, *SMALL)
     done = script("launch/submit.py", "--stage", "all", "--cluster", "local", "--array-size", 1, *recipe)

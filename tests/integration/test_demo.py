@@ -39,7 +39,7 @@ def test_the_demo_scores_cams_and_weakclip_on_seen_and_unseen_images(launch, tmp
     again = demo(launch, run)  # finished work is kept
     assert json.loads((run / "scores.json").read_text()) == scores
     assert "drawing" not in again.stderr
-    with pytest.raises(AssertionError, match="made with another demo"):
+    with pytest.raises(AssertionError, match="was started with another demo"):
         demo(launch, run, "demo.seed=1")
 
 

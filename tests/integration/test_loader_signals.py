@@ -8,21 +8,21 @@ import sys
 import pytest
 
 from tests.integration.conftest import ENVIRONMENT
-from weakclip import config as configs
+from weakclip import recipe
 
 PROGRAM = """
 import subprocess, sys
 import psutil
-from weakclip import config as configs
+from weakclip import recipe
 from functools import partial
 from weakclip.data.index import open_index
-from weakclip.data.stream import training_batches
+from weakclip.data.stream import StreamSettings, training_batches
 from weakclip.masks.seeds import seed_mask
 from weakclip.labels import class_names
 
-config = configs.load(sys.argv[1])
+config = recipe.load(sys.argv[1])
 index = open_index(config.data.train, class_names(config.classes))
-batches = training_batches(index, config, partial(seed_mask, config=config.seeds))
+batches = training_batches(index, StreamSettings.of(config), partial(seed_mask, config=config.seeds))
 next(batches)
 workers = [str(child.pid) for child in psutil.Process().children()]
 assert len(workers) == 2
@@ -44,16 +44,16 @@ while len(hit) < 3:
 
 EARLY = """
 import signal, subprocess, sys
-from weakclip import config as configs
+from weakclip import recipe
 from functools import partial
 from weakclip.data.index import open_index
-from weakclip.data.stream import training_batches
+from weakclip.data.stream import StreamSettings, training_batches
 from weakclip.masks.seeds import seed_mask
 from weakclip.labels import class_names
 
-config = configs.load(sys.argv[1])
+config = recipe.load(sys.argv[1])
 index = open_index(config.data.train, class_names(config.classes))
-batches = training_batches(index, config, partial(seed_mask, config=config.seeds))
+batches = training_batches(index, StreamSettings.of(config), partial(seed_mask, config=config.seeds))
 shooter = subprocess.Popen([sys.executable, "-c", sys.argv[2]], stdout=subprocess.PIPE)
 shooter.stdout.readline()
 print([next(batches).keys for _ in range(9)])
@@ -62,7 +62,7 @@ assert shooter.wait() == 0 and signal.pthread_sigmask(signal.SIG_BLOCK, []) == s
 
 
 def test_loader_processes_survive_signals_that_come_as_they_begin(make_shards, tiny_config, tmp_path):
-    configs.save(tiny_config(f"data.train={make_shards(tmp_path / 'set').root}", "data.workers=2"), tmp_path / "config.yaml")
+    recipe.save(tiny_config(f"data.train={make_shards(tmp_path / 'set').root}", "data.workers=2"), tmp_path / "config.yaml")
     line = [sys.executable, "-c", EARLY, str(tmp_path / "config.yaml"), SHOOTER]
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.count("[") == 10, done.stderr
@@ -72,7 +72,7 @@ def test_loader_processes_survive_signals_that_come_as_they_begin(make_shards, t
 def test_loader_processes_survive_others_signals_and_end_with_their_rank(signals, make_shards, tiny_config, tmp_path):
     """The program never closes its loader, as when an error that nobody catches ends it."""
     config = tiny_config(f"data.train={make_shards(tmp_path / 'set').root}", "data.workers=2")
-    configs.save(config, tmp_path / "config.yaml")
+    recipe.save(config, tmp_path / "config.yaml")
     line = [sys.executable, "-c", PROGRAM, str(tmp_path / "config.yaml"), *signals]
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -25,7 +25,7 @@ from weakclip.data import storage
 from weakclip.data.index import Index, ShardError, open_index
 from weakclip.data.reading import read_entry
 from weakclip.data.storage import Storage, StorageError
-from weakclip.data.stream import Batch, StoredSamples, training_batches
+from weakclip.data.stream import Batch, StoredSamples, StreamSettings, training_batches
 from weakclip.masks.seeds import seed_mask
 
 NAMES = ("background", "cat", "dog", "cow")
@@ -84,7 +84,7 @@ def settings(tiny_config, tmp_path) -> Callable[..., Config]:
 
 
 def batches(index: Index, config: Config, count: int = 4) -> list[Batch]:
-    return list(islice(training_batches(index, config, partial(seed_mask, config=config.seeds)), count))
+    return list(islice(training_batches(index, StreamSettings.of(config), partial(seed_mask, config=config.seeds)), count))
 
 
 def same(found: list[Batch], wanted: list[Batch]) -> bool:

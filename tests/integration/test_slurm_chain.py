@@ -77,7 +77,7 @@ def test_a_job_that_waits_or_works_keeps_others_from_its_run(cluster, submit, la
     blocker = cluster.submit("sleep 300")
     job = submit("train", "--dependency", f"afterok:{blocker}")["train"]
     refused = launch_tool("submit", "--stage", "train", "--config", recipe, f"run={tmp_path / 'run'}", fails=True)
-    assert f"job {job} (train) waits or works on" in refused.stderr and f"scancel {job}" in refused.stderr
+    assert f"job {job} (train) is pending or running" in refused.stderr and f"scancel {job}" in refused.stderr
     cluster.slurm("scancel", blocker, job)
 
 
@@ -92,7 +92,7 @@ def jobs_of(cluster):
         (("--partition", "moon"), "invalid partition specified: moon"),
         (("--gpus-per-node", "9"), "Requested node configuration is not available"),
         (("--dependency", "afterok:4242424"), "Slurm knows no job 4242424"),
-        (("--time", "tomorrow"), "'tomorrow' is no time of Slurm's"),
+        (("--time", "tomorrow"), "'tomorrow' is not a Slurm time"),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ import pytest
 from tests.integration.conftest import metrics
 from tests.integration.slurm_runs import losses
 from tests.integration.test_local_cluster import processes_of
-from weakclip.runtime.run_dir import checkpoints
+from weakclip.runtime.run_dir import RunDir
 
 pytest_plugins = ["tests.integration.slurm_runs"]
 pytestmark = pytest.mark.slurm
@@ -32,7 +32,7 @@ def test_a_training_on_a_dead_node_goes_on_from_its_checkpoint_on_another(make_c
     monkeypatch.setenv("SLURM_CONF", str(two_nodes.conf))
     run = tmp_path / "run"
     job = submit("train", "--nodes", 1, "--gpus-per-node", 4)["train"]
-    two_nodes.wait_until(lambda: len(checkpoints(run)) == 2, job)
+    two_nodes.wait_until(lambda: len(RunDir(run).checkpoints()) == 2, job)
     assert "NodeList=127.0.0.1\n" in two_nodes.slurm("scontrol", "show", "job", job)
     kill_node(two_nodes, "127.0.0.1")
     reached = max(metrics(run))

@@ -11,14 +11,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.integration.conftest import metrics
-from weakclip import cam, test
-from weakclip import config as configs
+from weakclip import recipe, test
+from weakclip.cams import make
+from weakclip.config import ConfigError
 from weakclip.data.index import Index
 from weakclip.data.reading import read_entry
 from weakclip.data.sample import decode_sample
 from weakclip.datasets import reshard
 from weakclip.masks import mask_folder
-from weakclip.training.jobs import Classify, Retrain
+from weakclip.masks.mask_folder import MaskSettings
+from weakclip.training import jobs
 
 RETRAIN = (
     "retrain.network=segformer",
@@ -45,7 +47,7 @@ def begun(shards, tiny_config, tmp_path):
     config = tiny_config(f"data.train={shards.root}", f"data.val={shards.root}", *RETRAIN, *TESTED)
     weights = tmp_path / "weights"
     weights.write_bytes(b"1")
-    mask_folder.claim(Path(config.run) / "pseudo", config, weights)
+    mask_folder.open_for_writing(Path(config.run) / "pseudo", MaskSettings.of(config), weights)
     for entry in shards.entries:
         mask_HW = np.zeros((48, 64), np.uint8)
         mask_HW[:, :20] = 1
@@ -94,9 +96,9 @@ def test_a_retrained_network_is_tested_in_parts(train, begun, capsys, tmp_path):
     train(0, "retrain", *RETRAIN, "retrain.train.steps=1")
     for part in ("2:3", "0:2"):
         test.run(begun, part)
-    run = Retrain(begun).run
+    run = jobs.retrain(begun).run.root
     assert len(list((run / "masks-val").glob("*.png"))) == 5 and "mean " in capsys.readouterr().out
-    configs.save(begun, tmp_path / "recipe.yaml")
+    recipe.save(begun, tmp_path / "recipe.yaml")
     parts = (run / "scores-val.json").read_bytes()
     test.main(["--config", str(tmp_path / "recipe.yaml"), "--archive", str(tmp_path / "comp6.tar")])
     assert (run / "scores-val.json").read_bytes() == parts
@@ -120,19 +122,19 @@ CLASSIFY = (
 
 
 def test_mctformer_learns_from_labels_and_makes_the_cams(train, tiny_config, shards, tmp_path):
-    where = (f"cam.data={shards.root}", f"data.train={tmp_path}/cams", "data.val=null")
+    where = (f"data.labelled={shards.root}", f"data.train={tmp_path}/cams", "data.val=null")
     config = tiny_config(*where, *CLASSIFY)
     train(0, "classify", *where, *CLASSIFY)
-    run = Classify(config).run
+    run = jobs.classify(config).run.root
     assert run == tmp_path / "run/classify" and set(metrics(run, "loss/patch")) == {3}
     for part in ("0:1", "1:3"):
-        cam.run(config, part)
+        make.run(config, part)
     index = Index.load(tmp_path / "cams")
     for entry in index.entries:
         sample = decode_sample(read_entry(index, entry), entry, len(index.classes))
         assert sample.cam is not None and sample.cam.classes == sample.classes and sample.cam.maps_nhw.max() == 255
-    assert cam.written(config, shards) == 3
+    assert make.written(config, shards) == 3
     for path in (run / "weights").iterdir():
         path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(configs.ConfigError, match="cams is of another cam"):
-        cam.written(config, shards)
+    with pytest.raises(ConfigError, match="cams was made with another cam"):
+        make.written(config, shards)

@@ -117,8 +117,10 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_exactly(
     for member in [rank_1, *rank_1.children()]:  # as Slurm does: the loader's processes get it too
         member.send_signal(signal.SIGUSR2)
     said = process.communicate(timeout=300)[1]
-    step = int(re.search(r"SIGUSR2: saved at step (\d+); go on by --resume auto", said)[1])
+    step = int(re.search(r"SIGUSR2: saved at step (\d+); resume with --resume auto", said)[1])
     assert process.returncode and 3 <= step < 30 and max(metrics(run)) == step
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert board.Scalars("loss/total")[-1].step == step  # the last points were not lost in a buffer
     train(2, run, *THIRTY_STEPS, "--resume", "auto")
     assert same_as(whole, run)
 
@@ -166,11 +168,11 @@ def last_error(done):
 def test_another_runs_directory_is_refused(train, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to-mother.txt").write_text("dear")
-    assert "holds files that are no run's" in last_error(train(0, tmp_path / "letters", fails=True))
+    assert "holds files that belong to no run" in last_error(train(0, tmp_path / "letters", fails=True))
     train(0, tmp_path / "run", "train.steps=1")
-    assert "already holds a run; go on with it by --resume auto" in last_error(train(0, tmp_path / "run", fails=True))
+    assert "already holds a run; resume it with --resume auto" in last_error(train(0, tmp_path / "run", fails=True))
     changed = train(0, tmp_path / "run", "--resume", "auto", "prompts.length=4", fails=True)
-    assert "was made with another prompts" in last_error(changed)
+    assert "was started with another prompts" in last_error(changed)
 
 
 @pytest.fixture
@@ -188,7 +190,7 @@ def damaged(make_shards, tmp_path):
 def test_unreadable_images_are_skipped_and_named(train, damaged, tmp_path):
     done = train(2, tmp_path / "run", f"data.train={damaged.root}", "train.steps=4")
     for key in ("image_1", "image_5"):
-        assert sum(f"{key}: " in line and line.startswith("skipped: ") for line in done.stderr.splitlines()) == 1
+        assert sum(f"{key}: " in line and line.startswith("warning: skipped: ") for line in done.stderr.splitlines()) == 1
     assert metrics(tmp_path / "run", "bad_samples")[4] == 2
 
 

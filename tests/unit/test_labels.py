@@ -48,8 +48,8 @@ def test_class_names_come_from_a_set_or_a_file(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "at least two lines"),
-        ("cat\ndog", "the first of which is 'background'"),
+        ("", "at least two class names"),
+        ("cat\ndog", "the first of them 'background'"),
         ("background\ncat\ncat", "twice"),
         ("\n".join(["background", *map(str, range(255))]), "256 classes; an 8-bit mask holds at most 255"),
     ],
@@ -90,8 +90,8 @@ def test_the_palette_is_pascals():
 
 
 def test_another_class_list_is_refused_naming_the_place():
-    labels.check_same(labels.VOC, list(labels.VOC), "here")
+    labels.require_same(labels.VOC, list(labels.VOC), "here")
     with pytest.raises(ValueError, match="some/shards: its classes are 81 .* not the config's 21 .*set `classes`"):
-        labels.check_same(labels.VOC, labels.COCO, "some/shards")
+        labels.require_same(labels.VOC, labels.COCO, "some/shards")
     with pytest.raises(ValueError, match="here"):
-        labels.check_same(("a", "b"), ("b", "a"), "here")
+        labels.require_same(("a", "b"), ("b", "a"), "here")

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from weakclip import report
-from weakclip.config import load, save
 from weakclip.evaluation.metrics import Scores
 from weakclip.evaluation.published import Paper
 from weakclip.labels import COCO, VOC
 from weakclip.models.weakclip import parameter_counts
+from weakclip.recipe import Sweep, load, save
 from weakclip.runtime.tables import Table
-from weakclip.sweep import Sweep
+from weakclip.training import jobs
 from weakclip.training.monitor import Monitor
 
 
@@ -203,7 +203,7 @@ def test_a_job_writes_its_parameter_counts_once(tiny_model, tiny_config, run):
     for before, engine.step in (("", 0), ('{"step": 0, "par', 0), (None, 0), (None, 7)):  # new, killed at once, resumed twice
         if before is not None:
             lines.write_text(before)
-        Monitor(folder, tiny_config(), engine).close()
+        Monitor(jobs.refine(tiny_config()), engine).close()
         (line,) = map(json.loads, lines.read_text().splitlines())
         counts = parameter_counts(model)
         assert line.pop("time") > 0
@@ -224,7 +224,7 @@ def test_a_damaged_file_is_named_on_one_line(run, name, text):
     done = run()
     write(done / name, None)
     (done / name).write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=f"{name}: damaged .*; remove it and run what wrote it again") as caught:
+    with pytest.raises(ValueError, match=f"{name}: damaged .*; remove it and run the command that wrote it") as caught:
         report.report(done)
     assert "\n" not in str(caught.value)
 
@@ -249,7 +249,7 @@ def test_figures_that_are_not_numbers_are_blank(run):
 
 def test_what_is_no_run_is_named(run, tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=f"{folder}: no run directory, it has no config.yaml"):
+        with pytest.raises(ValueError, match=f"{folder}: not a run directory, since it has no config.yaml"):
             report.report(folder)
     for damaged in ("a: [", "seed: 1", "- 1"):
         (run() / "config.yaml").write_text(damaged)
@@ -297,7 +297,7 @@ def test_several_runs_are_one_table(run, tmp_path, capsys):
         [str(first), "40.0", "-", "54.3", "-", "55.5", "-"],
         [str(other), *"------"],
     ]
-    with pytest.raises(ValueError, match="nothing: no run directory"):
+    with pytest.raises(ValueError, match="nothing: not a run directory"):
         report.main([str(first), str(tmp_path / "nothing")])
 
 

@@ -6,19 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from weakclip import config as configs
-from weakclip.config import ConfigError
+from weakclip import recipe
+from weakclip.config import BuildConfig, ConfigError
 from weakclip.data.index import Index
 from weakclip.evaluation.metrics import Counts
 from weakclip.evaluation.score_files import Scored
 from weakclip.masks import mask_folder
+from weakclip.masks.mask_folder import MaskSettings
+from weakclip.runtime.run_dir import RunDir
 from weakclip.stages import STAGES, chain, is_made
 
 
@@ -40,15 +41,15 @@ def test_a_training_is_as_far_as_its_newest_checkpoint(begun):
     assert STAGES["train"].progress(config, index).complete
 
 
-def test_masks_are_counted_if_they_are_of_these_weights_and_options(begun, tiny_config):
+def test_masks_are_counted_if_they_are_of_these_weights_and_settings(begun, tiny_config):
     config, index, run = begun
     assert STAGES["pseudo"].progress(config, index).done == 0
     (run / "weights" / "last.safetensors").write_bytes(b"1")
-    mask_folder.claim(run / "pseudo", config, run / "weights" / "last.safetensors")
+    mask_folder.open_for_writing(run / "pseudo", MaskSettings.of(config), run / "weights" / "last.safetensors")
     mask_folder.save(np.zeros((48, 64), np.uint8), run / "pseudo" / "image_3.png")
     assert str(STAGES["pseudo"].progress(config, index)) == "1/7 images"
     (run / "weights" / "best.safetensors").write_bytes(b"2")
-    with pytest.raises(ConfigError, match="pseudo holds masks of other weights or options .*remove it or set run anew"):
+    with pytest.raises(ConfigError, match="pseudo holds masks of other weights or settings .*remove it, or set run to another directory"):
         STAGES["pseudo"].progress(config, index)
 
 
@@ -56,21 +57,22 @@ def test_scores_are_counted_by_shards(begun):
     config, index, run = begun
     assert str(STAGES["evaluate"].progress(config, index)) == "0/3 shards"
     (run / "weights" / "last.safetensors").write_bytes(b"1")
-    mask_folder.claim(run / "pseudo", config, run / "weights" / "last.safetensors")
-    Scored.pseudo(run).write_counts("shard-00001.tar", Counts.zero(4))
+    mask_folder.open_for_writing(run / "pseudo", MaskSettings.of(config), run / "weights" / "last.safetensors")
+    Scored.pseudo(RunDir(run)).write_counts("shard-00001.tar", Counts.zero(4))
     assert str(STAGES["evaluate"].progress(config, index)) == "1/3 shards"
 
 
 def test_another_runs_directory_is_refused(begun, tiny_config):
     config, index, run = begun
-    configs.save(config, run / "config.yaml")
+    recipe.save(config, run / "config.yaml")
     config.seed = 9
-    with pytest.raises(ConfigError, match="was made with another seed"):
+    with pytest.raises(ConfigError, match="was started with another seed"):
         STAGES["train"].progress(config, index)
 
 
 def test_a_login_node_need_not_load_torch():
-    line = "import sys, weakclip.stages, weakclip.cam, launch.submit, launch.status; sys.exit('torch' in sys.modules)"
+    modules = "weakclip.stages, weakclip.cam, weakclip.launch.submit, weakclip.launch.status, weakclip.launch.job"
+    line = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", line]).returncode == 0
 
 
@@ -80,8 +82,8 @@ def to_build(tiny_config, tmp_path):
     (tmp_path / "images").mkdir()
     for number in range(5):
         Image.new("RGB", (64, 48), (number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
-    options = f"folder, --images, {tmp_path}/images, --samples-per-shard, 2, --processes, 1"
-    return lambda more="": tiny_config(f"data.train={tmp_path}/built", f"data.build=[{options}{more}]")
+    options = f"source: folder, images: {tmp_path}/images, samples_per_shard: 2, processes: 1"
+    return lambda *more: tiny_config(f"data.train={tmp_path}/built", f"data.build={{{options}}}", *more)
 
 
 def test_shards_are_built_in_parts(to_build):
@@ -93,8 +95,8 @@ def test_shards_are_built_in_parts(to_build):
     assert STAGES["shards"].progress(config, None).complete
     assert [entry.key for entry in Index.load(config.data.train).entries] == ["0", "1", "2", "3", "4"]
     STAGES["shards"].run(config, "0:2")  # of a job that came late
-    with pytest.raises(ConfigError, match="built is of another data.build"):
-        STAGES["shards"].progress(to_build(", --samples-per-shard, 3"), None)
+    with pytest.raises(ConfigError, match="built was made with another data.build"):
+        STAGES["shards"].progress(to_build("data.build.samples_per_shard=3"), None)
 
 
 def test_shards_of_another_origin_are_left_alone(to_build, make_shards):
@@ -107,15 +109,16 @@ def test_shards_of_another_origin_are_left_alone(to_build, make_shards):
 @pytest.mark.parametrize(
     "build, said",
     [
-        ("[]", "data.build is empty"),
-        ("[folder]", "data.build: the following arguments are required: --images"),
-        ("[folder, --images, x, --pace, 3]", "data.build: unrecognized arguments: --pace 3"),
-        ("[moon]", "data.build: argument source: invalid choice: 'moon'"),
-        ("[folder, --images, x, --out=y]", "data.build: leave --out=y out"),
+        ("{}", "data.build.source is null; set it to what the shards are built from"),
+        ("{source: folder}", "data.build.images is missing; data.build.source=folder needs it"),
+        ("{source: folder, images: x, pace: 3}", "unknown key 'data.build.pace'; the nearest is 'data.build"),
+        ("{source: moon}", "data.build.source must be one of coco, voc, folder, is 'moon'"),
+        ("{source: folder, images: x, devkit: y}", "data.build.devkit has no effect with data.build.source=folder"),
+        ("[folder, --images, x]", "data.build is now a mapping, such as {source: voc, devkit: DIR, split: trainaug}"),
     ],
 )
-def test_options_that_build_no_shards_are_one_clear_line(tiny_config, build, said):
-    with pytest.raises(ConfigError, match=f"^{re.escape(said)}") as error:
+def test_settings_that_build_no_shards_are_one_clear_line(tiny_config, build, said):
+    with pytest.raises(ConfigError, match=re.escape(said)) as error:
         STAGES["shards"].progress(tiny_config(f"data.build={build}"), None)
     assert "\n" not in str(error.value)
 
@@ -128,19 +131,15 @@ def test_a_chain_begins_with_shards_where_they_are_to_be_built(to_build, tiny_co
 @pytest.fixture
 def to_add_cams(to_build, tmp_path):
     """Makes configs whose shards are to be built at tmp_path/built, as `to_build`, and get CAMs at tmp_path/cams."""
-    options = {"data": str(tmp_path / "built"), "prompts": ["{}"], "background_names": ["boat"]}
-
-    def config(more: str = "", **changes):
-        plain = to_build(more)
-        return replace(plain, data=replace(plain.data, train=f"{tmp_path}/cams"), cam=configs.CamConfig(**(options | changes)))
-
-    return config
+    sets = (f"data.labelled={tmp_path}/built", f"data.train={tmp_path}/cams")
+    texts = ("cam.prompts=['{}']", "cam.background_names=[boat]")
+    return lambda *more: to_build(*sets, *texts, *more)
 
 
 def test_cams_are_a_stage_where_a_labelled_set_is_named(to_add_cams):
     config = to_add_cams()
     assert [stage.name for stage in chain(config)] == ["shards", "cam", "train", "pseudo", "evaluate"]
-    config.data.build = []
+    config.data.build = BuildConfig()
     assert [stage.name for stage in chain(config)][:2] == ["cam", "train"]
 
 
@@ -162,22 +161,22 @@ def test_cams_are_made_in_parts_once_there_are_shards(to_add_cams, tmp_path):
     assert [entry.key for entry in Index.load(config.data.train).entries] == ["0", "1", "2", "3", "4"]
 
 
-def test_cams_of_other_options_or_shards_are_refused(to_add_cams, tmp_path):
+def test_cams_of_other_settings_or_shards_are_refused(to_add_cams, tmp_path):
     config = to_add_cams()
     STAGES["shards"].run(config, None)
     STAGES["cam"].run(config, "0:1")
-    with pytest.raises(ConfigError, match="data.train: .*cams.partial is of another cam"):
-        STAGES["cam"].progress(to_add_cams(flip=True), None)
+    with pytest.raises(ConfigError, match="data.train: .*cams.partial was made with another cam"):
+        STAGES["cam"].progress(to_add_cams("cam.flip=true"), None)
     shutil.rmtree(tmp_path / "built")
     assert str(STAGES["cam"].progress(config, None)) == "1/3 shards"  # of shards that are to be built anew
-    with pytest.raises(ConfigError, match="data.train: .*cams.partial is of another cam"):
-        STAGES["cam"].progress(to_add_cams(flip=True), None)
+    with pytest.raises(ConfigError, match="data.train: .*cams.partial was made with another cam"):
+        STAGES["cam"].progress(to_add_cams("cam.flip=true"), None)
     Image.new("RGB", (64, 48)).save(tmp_path / "images" / "5.png")
     STAGES["shards"].run(config, None)
-    with pytest.raises(ConfigError, match="data.train: .*cams.partial is of another cam"):
+    with pytest.raises(ConfigError, match="data.train: .*cams.partial was made with another cam"):
         STAGES["cam"].progress(config, None)
 
 
 def test_a_recipe_without_a_labelled_set_has_no_cams_to_make(tiny_config):
-    with pytest.raises(ConfigError, match="cam.data is null: it names the shard set with labels"):
+    with pytest.raises(ConfigError, match="data.labelled is null; set it to the shard set with image labels"):
         STAGES["cam"].progress(tiny_config(), None)

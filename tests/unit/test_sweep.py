@@ -13,8 +13,9 @@ import time
 import pytest
 
 from weakclip import cli, sweep
-from weakclip.config import ConfigError, load
-from weakclip.sweep import Sweep, is_sweep
+from weakclip.config import ConfigError
+from weakclip.recipe import Sweep, is_sweep, load
+from weakclip.runtime.errors import UserError
 
 TASKS = """
 tasks:
@@ -83,19 +84,21 @@ def test_an_array_of_jobs_chooses_the_task_and_the_option_beats_it(write, monkey
 
 
 def test_without_a_choice_the_tasks_are_listed(write):
-    with pytest.raises(ConfigError, match=r"sweep.yaml is a sweep of 0 \(small\), 1 \(large\); choose by --task, or .*array=0-1"):
+    with pytest.raises(
+        ConfigError, match=r"sweep.yaml is a sweep of 0 \(small\), 1 \(large\); choose one by --task, .*array=0-1"
+    ):
         parsed("--config", write())
 
 
 @pytest.mark.parametrize("index", [-1, 2])
 def test_a_task_out_of_range_is_an_error(write, index):
-    with pytest.raises(ConfigError, match=f"--task: .*sweep.yaml has no task {index}; as an array it is --array=0-1"):
+    with pytest.raises(ConfigError, match=f"--task: .*sweep.yaml has no task {index}; the whole sweep is --array=0-1"):
         parsed("--config", write(), "--task", index)
 
 
 def test_a_recipe_has_no_tasks(tmp_path, write, monkeypatch):
     write()
-    with pytest.raises(ConfigError, match="--task 0: .*recipe.yaml is no sweep, such as configs/sweeps/prompts.yaml"):
+    with pytest.raises(ConfigError, match="--task 0: .*recipe.yaml is not a sweep, such as configs/sweeps/prompts.yaml"):
         parsed("--config", tmp_path / "recipe.yaml", "--task", 0)
     with pytest.raises(ConfigError, match="nowhere.yaml: no such config file"):
         parsed("--config", tmp_path / "nowhere.yaml", "--task", 0)
@@ -112,25 +115,25 @@ def test_a_recipe_is_told_from_a_sweep(repo, write, tmp_path):
 @pytest.mark.parametrize(
     "tasks, message",
     [
-        ("", "sweep.yaml: a sweep has the keys recipe, run and tasks, .*; here are recipe, run$"),
-        ('tasks: {"2": []}\nrecipes: x', "the keys recipe, run and tasks, .*; here are recipe, run, tasks, recipes"),
-        ("tasks:", "sweep.yaml: tasks: needs at least one"),
-        ("tasks: {}", "sweep.yaml: tasks: needs at least one"),
-        ("tasks: [seed=1]", 'sweep.yaml: tasks: needs at least one, written "NAME": '),
-        ("tasks: {2: [seed=1]}", "sweep.yaml: tasks.2: the name becomes a folder's; write it in quotes"),
-        ('tasks: {"a/b": [seed=1]}', "sweep.yaml: tasks.a/b: the name becomes a folder's"),
-        ('tasks: {"..": [seed=1]}', "sweep.yaml: tasks...: the name becomes a folder's"),
-        ('tasks: {"2": seed=1}', r"sweep.yaml: tasks.2: 'seed=1' is no list of overrides, such as \["),
-        ('tasks: {"2": [seed: 1]}', "sweep.yaml: tasks.2: .* is no list of overrides"),
-        ('tasks: {"2":}', "sweep.yaml: tasks.2: None is no list of overrides"),
+        ("", "sweep.yaml: a sweep has the keys recipe, run, tasks .*; this file has recipe, run$"),
+        ('tasks: {"2": []}\nrecipes: x', "the keys recipe, run, tasks .*; this file has recipe, run, tasks, recipes"),
+        ("tasks:", "sweep.yaml: tasks: needs at least one entry"),
+        ("tasks: {}", "sweep.yaml: tasks: needs at least one entry"),
+        ("tasks: [seed=1]", 'sweep.yaml: tasks: needs at least one entry, written "NAME": '),
+        ("tasks: {2: [seed=1]}", "sweep.yaml: tasks.2: the name becomes a directory; write it in quotes"),
+        ('tasks: {"a/b": [seed=1]}', "sweep.yaml: tasks.a/b: the name becomes a directory"),
+        ('tasks: {"..": [seed=1]}', "sweep.yaml: tasks...: the name becomes a directory"),
+        ('tasks: {"2": seed=1}', r"sweep.yaml: tasks.2: 'seed=1' is not a list of overrides, such as \["),
+        ('tasks: {"2": [seed: 1]}', "sweep.yaml: tasks.2: .* is not a list of overrides"),
+        ('tasks: {"2":}', "sweep.yaml: tasks.2: None is not a list of overrides"),
         ('tasks: {"2": [seed]}', "sweep.yaml: tasks.2: 'seed': an override is written key.sub=value"),
         ('tasks: {"1": [], "2": [sed=1]}', "sweep.yaml: tasks.2: sed=1: unknown key 'sed'; the nearest is 'seed'"),
         ('tasks: {"2": [train.batch=many]}', "sweep.yaml: tasks.2: train.batch=many: train.batch: "),
         ('tasks: {"2": [train.batch=0]}', "sweep.yaml: tasks.2: .*recipe.yaml: train.batch must be 1 or more"),
-        ('tasks: {"2": [run=here]}', "sweep.yaml: tasks.2: only the sweep sets run"),
+        ('tasks: {"2": [run=here]}', "sweep.yaml: tasks.2: remove run; the sweep gives each task"),
         ('tasks: {"2": [], "2": []}', "sweep.yaml: .*duplicate"),
-        ('tasks: {"2": []}\nrepeats:', "sweep.yaml: repeats: needs at least one"),
-        ('tasks: {"2": []}\nrepeats: {1: []}', "sweep.yaml: repeats.1: the name becomes a folder's; write it in quotes"),
+        ('tasks: {"2": []}\nrepeats:', "sweep.yaml: repeats: needs at least one entry"),
+        ('tasks: {"2": []}\nrepeats: {1: []}', "sweep.yaml: repeats.1: the name becomes a directory; write it in quotes"),
         ('tasks: {"2": []}\nrepeats: {"a": [], "b": [sed=1]}', "sweep.yaml: tasks.2/b: sed=1: unknown key 'sed'"),
         ("tasks: [", "sweep.yaml: "),
     ],
@@ -145,9 +148,9 @@ def test_a_mistake_names_the_file_and_the_key(write, tasks, message):
     "head, message",
     [
         ("recipe: nowhere.yaml\nrun: runs/a\n", "sweep.yaml: recipe: nowhere.yaml: no such config file"),
-        ("recipe: [a]\nrun: runs/a\n", r"sweep.yaml: recipe: \['a'\] is no path"),
-        ("recipe: a.yaml\nrun:\n", "sweep.yaml: run: None is no path"),
-        ("- a\n#", "sweep.yaml: a sweep has the keys recipe, run and tasks, .*; here are none"),
+        ("recipe: [a]\nrun: runs/a\n", r"sweep.yaml: recipe: \['a'\] is not a path"),
+        ("recipe: a.yaml\nrun:\n", "sweep.yaml: run: None is not a path"),
+        ("- a\n#", "sweep.yaml: a sweep has the keys recipe, run, tasks .*; this file has none"),
     ],
 )
 def test_a_mistake_in_the_head_is_named_too(write, head, message):
@@ -210,7 +213,7 @@ Path(config.run, "scores.json").write_text(json.dumps({"cam": 40.0 + config.trai
 def test_what_has_no_scores_is_run_here_and_the_figures_are_listed(write, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "module.py").write_text(MODULE)
-    with pytest.raises(ChildProcessError, match="sweep.yaml: large/a failed; the same command tries again"):
+    with pytest.raises(UserError, match="sweep.yaml: large/a failed; run the same command again"):
         sweep.main([str(write(REPEATED)), "--run", "module"])
     (tmp_path / "mended").touch()
     sweep.main([str(write(REPEATED)), "--run", "module"])

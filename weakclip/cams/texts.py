@@ -1,4 +1,4 @@
-"""A frozen CLIP that is asked by prompts: which texts name the classes, which template asks best, and the CAMs it gives.
+"""A frozen CLIP with text prompts: the texts of the classes, the choice of the template, and the CAMs.
 
 F foreground classes, M background names, n classes of an image, E joint embedding.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weakclip.cams import gradcam
+from weakclip.cams import gradcam, maps
 from weakclip.config import Config, ConfigError
 from weakclip.data.sample import Cam, DecodedSample
 from weakclip.datasets.cam_files import pack_cam, quarter
@@ -25,11 +25,11 @@ class Texts(NamedTuple):
     """Unit embeddings of one template's texts."""
 
     classes_FE: Tensor
-    """Of class 1, 2, ..."""
+    """Those of classes 1, 2, ..."""
     background_ME: Tensor
 
     def competing(self, classes: Sequence[int]) -> Tensor:
-        """Those of an image's classes (indices from 1), then what competes: the background names, or else all other classes."""
+        """Return an image's classes (indices from 1), then their competitors: the background names, or else all other classes."""
         present = [index - 1 for index in classes]
         others = [row for row in range(len(self.classes_FE)) if row not in present]
         rest = self.background_ME if len(self.background_ME) else self.classes_FE[others]
@@ -39,18 +39,18 @@ class Texts(NamedTuple):
 class PromptedClip:
     """The CLIP of a config as it was trained, on the GPU if there is one, and the embeddings of its prompts' texts.
 
-    Raises ConfigError when a text is too long for this CLIP, has a word that it does not know, or a synonym is of no class.
+    Raises ConfigError when a text is too long for this CLIP or has a word that it does not know, or a synonym is for no class.
     """
 
     def __init__(self, config: Config, class_names: Sequence[str]) -> None:
         self.config = config
         names = class_names[1:]
         if strangers := config.cam.synonyms.keys() - set(names):
-            raise ConfigError(f"cam.synonyms: {min(strangers)!r} is no class of the recipe")
+            raise ConfigError(f"cam.synonyms: {min(strangers)!r} is not a class of the recipe; its keys must be class names")
         named = [config.cam.synonyms.get(name, name) for name in names] + config.cam.background_names
         texts = [template.replace("{}", name) for template in config.cam.prompts for name in named]
         ids_UL = tokenize(texts)
-        # Not as WeakCLIP's published recipe has it: there the class embedding is doubled.
+        # WeakCLIP's published recipe doubles the class embedding; CAMs need CLIP as it was trained.
         clip = replace(config.clip, double_class_embedding=False, name_tokens=max(ids_UL.shape[1], 3))
         self.clip = FrozenClip(clip, prompts=0).to("cuda" if torch.cuda.is_available() else "cpu")
         _check_known(self.clip, ids_UL, texts)
@@ -65,7 +65,7 @@ class PromptedClip:
         return F.normalize(self.clip.text(ids_UL.to(device), nothing_0D), dim=1)
 
     def cam(self, sample: DecodedSample, template: str) -> Cam:
-        """The maps of all classes that the image is labelled with, at a quarter of its sides."""
+        """Return the maps of all classes that the image is labelled with, at a quarter of its height and width."""
         texts_CE = self.texts[template].competing(sample.classes)
         options, scale = self.config.cam, self.config.data.scale
         n, size = len(sample.classes), quarter(sample.size)
@@ -73,9 +73,9 @@ class PromptedClip:
         return pack_cam(dict(zip(sample.classes, maps_nhw, strict=True)), sample.size, sample.key)
 
     def sharpness(self, samples: Iterable[DecodedSample]) -> dict[str, float]:
-        """Of each template: how unevenly it sees the classes that an image is labelled with; less is better (CLIP-ES).
+        """Return how unevenly each template scores the classes that an image is labelled with; lower is better (CLIP-ES).
 
-        The variance of their probabilities over the mean of these, summed over the images. One label alone has no variance.
+        It is the variance of their probabilities divided by their mean, summed over the images with two labels or more.
         """
         sums = dict.fromkeys(self.texts, 0.0)
         for sample in samples:
@@ -90,13 +90,16 @@ class PromptedClip:
     @torch.no_grad()
     def _embed_image(self, image_HW3: np.ndarray) -> Tensor:
         vision, options, scale, device = self.clip.vision, self.config.cam, self.config.data.scale, self.clip.vision.proj.device
-        image_13HW = gradcam.network_input(vision.patch, image_HW3, options.normalisation, scale, options.scales[0], device)
+        image_13HW = maps.network_input(vision.patch, image_HW3, options.normalisation, scale, options.scales[0], device)
         tokens_1TD = gradcam.before_last_block(vision, image_13HW, 1)[0]
         return gradcam.pooled(vision, tokens_1TD, vision.blocks[-1].ln_1(tokens_1TD))
 
 
 def _check_known(clip: FrozenClip, ids_UL: Tensor, texts: Sequence[str]) -> None:
-    """Small CLIPs are stored with the tokens alone that they were trained on; the others' embeddings are zero."""
+    """Raise ConfigError for a text with an unknown word.
+
+    Small CLIPs are stored with only those token embeddings that were trained; the others are zero.
+    """
     known_V = clip.text.token_embedding.weight.any(1).cpu()
     within_UL = torch.arange(ids_UL.shape[1]) <= ids_UL.argmax(1, keepdim=True)
     unknown_U = (within_UL & ~known_V[ids_UL]).any(1)

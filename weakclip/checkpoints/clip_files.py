@@ -1,4 +1,4 @@
-"""Where the weights of a CLIP lie. Importing this module is light: a login node asks it what CAMs are made by."""
+"""Where the weights of a CLIP are stored. Importing this module is light: a login node uses it to tell which CLIP makes CAMs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ DEMO = Path(__file__).parents[1] / "assets" / "demo_clip"
 
 
 def place(pretrained: str) -> Path:
-    """The file or directory that `clip.pretrained` names, whether it is there or not."""
+    """Return the file or directory that `clip.pretrained` names, whether it exists or not."""
     return DEMO if pretrained == "demo" else Path(pretrained)
 
 
 def weights_file(path: Path) -> Path | None:
-    """The file itself, or the one with the weights in a directory of open_clip's layout; None where there is none."""
+    """Return `path` if it is a file, or the weights in it if it is a directory of open_clip's layout; None if there are none."""
     if path.is_dir():
         found = [file for suffix in ("safetensors", "pt", "bin") for file in sorted(path.glob(f"*.{suffix}"))]
         return found[0] if found else None

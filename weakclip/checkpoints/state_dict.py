@@ -1,4 +1,4 @@
-"""Do these tensors fit that model? Says in one line what is missing, too many or of another shape."""
+"""Checking whether tensors fit a model. One line names missing keys, unexpected keys and shape mismatches."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from weakclip.config import ConfigError
 
 NAMED = 10
-"""So many names are listed; the others are counted."""
+"""Number of names that are listed; the others are only counted."""
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
-    """Load `tensors` as the module's whole state dict, converted to its dtypes. Raises ConfigError as `check_fit` does."""
+    """Load `tensors` as the module's complete state dict, converted to its dtypes. Raises ConfigError as `check_fit` does."""
     check_fit(module.state_dict(), tensors, where, cure)
     module.load_state_dict(tensors)
 
 
 def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, cure: str) -> None:
-    """Raise ConfigError naming `where` and `cure` unless both have the same names and shapes."""
+    """Raise ConfigError unless both have the same names and shapes. It names `where` and ends with the hint `cure`."""
     missing = [name for name in expected if name not in found]
     further = [name for name in found if name not in expected]
     reshaped = [
@@ -27,11 +27,11 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
-    faults = (("missing", missing), ("unknown", further), ("of another shape", reshaped))
-    if said := "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in faults if names):
+    faults = (("missing keys", missing), ("unexpected keys", further), ("shape mismatch", reshaped))
+    if said := "; ".join(f"{what} ({len(names)}): {some(names)}" for what, names in faults if names):
         raise ConfigError(f"{where}: does not fit; {said}; {cure}")
 
 
 def some(names: Sequence[str]) -> str:
-    """The first ten names."""
+    """Return the first ten names, joined by commas, and the number of the others."""
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

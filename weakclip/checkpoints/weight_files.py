@@ -1,4 +1,4 @@
-"""Weights that strangers saved: safetensors, torch.save or TorchScript -> a flat state dict. Nothing in a file is executed."""
+"""Untrusted weight files: safetensors, torch.save or TorchScript -> a flat state dict. Nothing in a file is executed."""
 
 from __future__ import annotations
 
@@ -18,36 +18,39 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from weakclip.runtime.errors import UserError
 
-class ArchiveError(ValueError):
-    """A file that cannot be read as weights. One line: the path, the reason and, where there is one, the cure."""
+
+class ArchiveError(UserError):
+    """A file that cannot be read as weights. One line: the path, the reason and, if there is one, a hint."""
 
 
 class Archive(NamedTuple):
-    """What a file of weights holds."""
+    """The contents of a weight file."""
 
     tensors: dict[str, Tensor]
     """The flat state dict, on the CPU, in the file's dtypes."""
     meta: dict[str, Any]
-    """safetensors' metadata (strings), the `meta` beside a checkpoint's state dict (what torch takes for plain), or {}."""
+    """The metadata of safetensors (strings), the `meta` next to a checkpoint's state dict (plain values), or {}."""
 
 
 def json_of(archive: Archive, key: str, path: Path) -> Any:
-    """The JSON in a safetensors file's metadata under `key`; None where it has none. Raises ArchiveError if it is damaged."""
+    """Return the JSON in a safetensors file's metadata under `key`; None if it has none. Raises ArchiveError if it is damaged."""
     try:
         return json.loads(archive.meta.get(key, "null"))
     except (ValueError, TypeError) as error:
-        raise ArchiveError(f"{path}: its metadata {key!r} is no JSON ({error}); convert it again") from error
+        raise ArchiveError(f"{path}: its metadata {key!r} is not JSON ({error}); convert it again") from error
 
 
-# Beyond the file's own size: TorchScript's code is compressed, and a constant tensor may repeat one value.
+# Bytes allowed beyond the file's own size: TorchScript's code is compressed, and a constant tensor may repeat one value.
 _SLACK = 2**26
 
 
 def read(path: Path) -> Archive:
-    """The weights in a safetensors file, a zip of torch.save (torch 1.6 or newer) or a TorchScript archive.
+    """Return the weights in a safetensors file, a zip of torch.save (torch 1.6 or newer) or a TorchScript archive.
 
-    A checkpoint's `state_dict` or `model` is taken out of it, and "module." off its names where all have it. Raises ArchiveError.
+    Of a checkpoint its `state_dict` or `model` is returned, without the prefix "module." if all names have it.
+    Raises ArchiveError.
     """
     try:
         archive, limit = _read(path), path.stat().st_size + _SLACK
@@ -56,11 +59,11 @@ def read(path: Path) -> Archive:
         if large := [name for name, tensor in archive.tensors.items() if tensor.nbytes > limit]:
             raise ArchiveError(f"claims more bytes for {large[0]!r} alone than the file has")
         return archive
-    except Exception as error:  # hostile bytes make the readers below raise nearly anything
+    except Exception as error:  # malicious bytes make the readers below raise almost anything
         reason = str(error)
         if not isinstance(error, ArchiveError):
             line = reason.partition("\n")[0]
-            reason = f"cannot be read as weights ({type(error).__name__}: {line[:200]}); was it fetched whole?"
+            reason = f"cannot be read as weights ({type(error).__name__}: {line[:200]}); was the download complete?"
         printable = "".join(letter if letter.isprintable() else " " for letter in reason[:400])
         raise ArchiveError(f"{path}: {' '.join(printable.split())}") from error
 
@@ -69,21 +72,21 @@ _OLD = "was saved in torch's format from before 1.6; load and save it again with
 _NO_WEIGHTS = [
     (0, b"\x80", _OLD),  # a bare pickle
     (257, b"ustar", _OLD),
-    (0, b"<", "is a web page, no weights; check the address it came from"),
-    (0, b"version https://git-lfs", "is a pointer of git-lfs, no weights; `git lfs pull` fetches the file itself"),
+    (0, b"<", "is a web page instead of weights; check the URL it was downloaded from"),
+    (0, b"version https://git-lfs", "is a git-lfs pointer instead of weights; `git lfs pull` downloads the file itself"),
 ]
 
 
 def _read(path: Path) -> Archive:
     if not path.is_file():
-        raise ArchiveError("is no file" if path.exists() else "does not exist")
+        raise ArchiveError("is not a file" if path.exists() else "does not exist")
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
-        raise ArchiveError("is empty; fetch it again")
+        raise ArchiveError("is empty; download it again")
     if head.startswith(b"PK\x03\x04"):
         return _read_zip(path)
-    # A safetensors file: the length of its JSON header, then the header. That may begin with any of the bytes below.
+    # A safetensors file: the length of its JSON header, then the header. The length may start with any of the bytes below.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return _read_safetensors(path)
     for offset, magic, reason in _NO_WEIGHTS:
@@ -102,38 +105,38 @@ def _read_safetensors(path: Path) -> Archive:
 
 def _read_zip(path: Path) -> Archive:
     if not zipfile.is_zipfile(path):
-        raise ArchiveError("is cut short, the end of the zip is missing; fetch it again")
+        raise ArchiveError("is truncated, the end of the zip is missing; download it again")
     with zipfile.ZipFile(path) as archive:
         roots = [found[1] for name in archive.namelist() if (found := re.fullmatch(r"([^/]+)/data\.pkl", name))]
         if len(roots) != 1:
-            raise ArchiveError("is a zip of other things: torch's one data.pkl is not in it")
+            raise ArchiveError("is a zip that torch did not write: it does not hold exactly one data.pkl")
         if sum(member.file_size for member in archive.infolist()) > path.stat().st_size + _SLACK:
             raise ArchiveError("claims to unpack to more bytes than it has; if it was compressed, save it again with torch")
         # Before 2.6 torch.load runs TorchScript even with weights_only (CVE-2025-32434). A zip can be made to show Python
-        # other members than torch, so it is torch's own reader that has to say there is none.
+        # other members than torch, so torch's own reader must confirm that there is none.
         if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
             return Archive(_script_tensors(archive, roots[0]), {})
     try:
         return _checkpoint(torch.load(path, map_location="cpu", weights_only=True))
-    except pickle.UnpicklingError as error:  # its message goes on to advise loading without weights_only
+    except pickle.UnpicklingError as error:  # its message advises loading without weights_only
         found = re.search(r"GLOBAL (\S+)", str(error))
-        raise _refusal(f"asks for {found[1]}" if found else "holds instructions of pickle") from error
+        raise _refusal(f"asks for {found[1]}" if found else "holds pickle instructions") from error
 
 
 def _refusal(what: str) -> ArchiveError:
-    return ArchiveError(f"{what}, beyond tensors and plain values; nothing in it was executed")
+    return ArchiveError(f"{what}, which goes beyond tensors and plain values; nothing in it was executed")
 
 
 def _checkpoint(content: Any) -> Archive:
     if not isinstance(content, dict):
-        raise ArchiveError(f"holds a {type(content).__name__}, no state dict")
+        raise ArchiveError(f"holds a {type(content).__name__} instead of a state dict")
     state, meta = content, None
     if key := next((key for key in ("state_dict", "model") if isinstance(content.get(key), dict)), None):
         state, meta = content[key], content.get("meta")
     if not all(isinstance(name, str) for name in state):
-        raise ArchiveError("holds a dict whose keys are no names, no state dict")
+        raise ArchiveError("holds a dict whose keys are not names instead of a state dict")
     if odd := [repr(name[:50]) for name, value in state.items() if not _is_plain(value)]:
-        raise ArchiveError(f"holds no state dict: {', '.join(odd[:3])}{', ...' if odd[3:] else ''} are no plain tensors")
+        raise ArchiveError(f"does not hold a state dict: {', '.join(odd[:3])}{', ...' if odd[3:] else ''} are not plain tensors")
     prefix = "module." if all(name.startswith("module.") for name in state) else ""
     tensors = {name.removeprefix(prefix): value.detach() for name, value in state.items()}
     return Archive(tensors, meta if isinstance(meta, dict) else {})
@@ -145,7 +148,7 @@ def _is_plain(value: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- TorchScript
 # A zip of ROOT/data.pkl (a pickle of the module tree, whose classes are named "__torch__..."), ROOT/data/KEY (one storage
-# each) and ROOT/code (the classes' source, which declares what is a parameter or a buffer). What is written is in torch's
+# each) and ROOT/code (the classes' source, which declares what is a parameter or a buffer). torch writes it in
 # torch/csrc/jit/serialization/pickler.cpp. torch.jit.load would compile the code and run its __setstate__.
 
 _STORAGES = {
@@ -160,7 +163,7 @@ _STORAGES = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
-# What they make is no tensor of a state dict, and so is not made at all.
+# What these create is never a tensor of a state dict, so it is not created at all.
 _IGNORED = {"collections.OrderedDict", "torch.device", "builtins.complex", "torch.jit._pickle.restore_type_tag"}
 _IGNORED |= {f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor")}
 
@@ -173,18 +176,18 @@ class _Class(NamedTuple):
 
 @dataclass(eq=False)
 class _Object:
-    """An instance of the archive's class of that name: attributes without behaviour."""
+    """An instance of the archive's class `kind`: attributes without behaviour."""
 
     kind: str
     state: Any = None
 
 
 def _script_tensors(archive: zipfile.ZipFile, root: str) -> dict[str, Tensor]:
-    """What `torch.jit.load(...).state_dict()` gives, with the values that are shared in the file shared."""
+    """Return what `torch.jit.load(...).state_dict()` would. Tensors that share storage in the file share memory."""
     members = archive.namelist()
     order = archive.read(f"{root}/byteorder").decode() if f"{root}/byteorder" in members else "little"
     if order != sys.byteorder:
-        raise ArchiveError(f"is TorchScript of a {order}-endian machine; save it again on one like this")
+        raise ArchiveError(f"is TorchScript of a {order}-endian machine; save it again on a {sys.byteorder}-endian one")
     declared = {}
     for member in members:
         if path := re.fullmatch(rf"{re.escape(root)}/code/(.+)\.py", member):
@@ -201,19 +204,19 @@ def _script_tensors(archive: zipfile.ZipFile, root: str) -> dict[str, Tensor]:
                 if numel * dtype.itemsize > len(content(key)):
                     raise ArchiveError(f"claims {numel} values for a storage of {len(content(key))} bytes")
                 return torch.frombuffer(content(key), dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
-        raise ArchiveError("holds a storage that is not described as torch does")
+        raise ArchiveError("holds a storage that is not described as torch describes it")
 
     tree = _unpickle(archive.read(f"{root}/data.pkl"), storage)
     if not isinstance(tree, _Object) or tree.kind not in declared:
-        raise ArchiveError("is TorchScript, but of no module")
+        raise ArchiveError("is TorchScript, but not of a module")
     return _flatten(tree, declared)
 
 
 def _unpickle(program: bytes, storage: Callable[[Any], Tensor]) -> Any:
-    """What TorchScript's pickle describes, as tensors, `_Object`s and plain values.
+    """Return what TorchScript's pickle describes, as tensors, `_Object`s and plain values.
 
-    Not a pickle.Unpickler: that one resolves names, calls what it finds, sets attributes on it, hashes tuples of any depth
-    (which can overflow the C stack) and sizes its memo by a number in the file. Here the one function to call is `_strided`.
+    This is not a pickle.Unpickler, which resolves names, calls what it finds, sets attributes on it, hashes tuples of any depth
+    (which can overflow the C stack) and sizes its memo by a number in the file. Here `_strided` is the only function called.
     """
     stack: list[Any] = []
     marks: list[list[Any]] = []
@@ -225,7 +228,7 @@ def _unpickle(program: bytes, storage: Callable[[Any], Tensor]) -> Any:
                 pass
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
                 stack.append(argument)
-            case "NONE" | "EMPTY_LIST":  # lists hold nothing of a state dict
+            case "NONE" | "EMPTY_LIST":  # lists hold no part of a state dict
                 stack.append(None)
             case "NEWTRUE" | "NEWFALSE":
                 stack.append(opcode.name == "NEWTRUE")
@@ -266,12 +269,12 @@ def _unpickle(program: bytes, storage: Callable[[Any], Tensor]) -> Any:
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(_strided(arguments) if function is _strided else None)
             case _:
-                raise _refusal(f"holds the instruction {opcode.name} of pickle")
+                raise _refusal(f"holds the pickle instruction {opcode.name}")
     return stack.pop()
 
 
 def _look_up(name: str) -> Any:
-    """The stand-in for the global "module name" of a pickle."""
+    """Return the stand-in for the global "module name" of a pickle. Raises ArchiveError for any global that is not expected."""
     dotted = name.replace(" ", ".")
     if dotted in _STORAGES:
         return _STORAGES[dotted]
@@ -285,7 +288,7 @@ def _look_up(name: str) -> Any:
 
 
 def _strided(arguments: Any) -> Tensor:
-    """The tensor that `arguments` of torch._utils._rebuild_tensor_v2 describe: a view within its storage."""
+    """Return the tensor that `arguments` of torch._utils._rebuild_tensor_v2 describe: a view within its storage."""
     match arguments:
         case (Tensor() as storage, int(offset), tuple(size), tuple(stride), bool(), None) if len(size) == len(stride):
             if all(isinstance(number, int) and number >= 0 for number in (offset, *size, *stride)):
@@ -293,19 +296,19 @@ def _strided(arguments: Any) -> Tensor:
                 if offset + span > storage.numel():
                     raise ArchiveError("holds a tensor that reaches outside its storage")
                 return storage.as_strided(size, stride, offset)
-    raise ArchiveError("holds a tensor that is no plain view of a storage")
+    raise ArchiveError("holds a tensor that is not a plain view of a storage")
 
 
 def _flatten(tree: _Object, declared: dict[str, set[str]]) -> dict[str, Tensor]:
     tensors, letters = {}, 0
     modules = [("", tree)]
-    for prefix, module in modules:  # which grows meanwhile
+    for prefix, module in modules:  # the loop appends to it
         if not isinstance(module.state, dict):
-            raise ArchiveError(f"restores {module.kind} by code of its own, which is never run")
+            raise ArchiveError(f"restores {module.kind} with its own code, which is never run")
         for name, value in module.state.items():
             letters += len(prefix) + len(name)
-            if letters > 2**22:  # a large CLIP has some 2**18
-                raise ArchiveError("holds modules that hold one another without end")
+            if letters > 2**22:  # a large CLIP has about 2**18
+                raise ArchiveError("holds modules that contain each other endlessly")
             if isinstance(value, _Object) and value.kind in declared:
                 modules.append((f"{prefix}{name}.", value))
             elif isinstance(value, Tensor) and name in declared[module.kind]:

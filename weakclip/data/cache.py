@@ -1,11 +1,11 @@
-"""A bounded directory of files that were fetched from elsewhere, shared by all processes and nodes that see it.
+"""A directory of limited size for downloaded files, shared by all processes and nodes that see it.
 
-    SHA256.tar            a whole file; its modification time is when it was last used
-    SHA256.tar.partial    one that is being fetched, of its final length from the start, so that its room counts as taken
-    locks/HH              held while a file whose SHA-256 begins with HH is fetched
-    locks/room            held while room is made
+    SHA256.tar            a complete file; its modification time is when it was last used
+    SHA256.tar.partial    a file that is being downloaded; it has its final length from the start, so that its space is reserved
+    locks/HH              held while a file whose SHA-256 begins with HH is downloaded
+    locks/room            held while space is freed
 
-Names are contents, so files of two sets with one name don't meet, and a file that changed is another file.
+Files are named by content, so files of two sets with the same name do not collide, and a changed file is a different file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 _PARTIAL = ".partial"
-_POLL = 0.05  # seconds between two looks at what others hold
+_POLL = 0.05  # seconds between two checks of what other processes hold
 
 
 @dataclass(frozen=True)
@@ -35,28 +35,28 @@ class File:
 
 
 Download = Callable[[File, BinaryIO], None]
-"""Writes the file into the stream, checked, or raises."""
+"""Writes the file into the stream and checks it, or raises."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The directory and its size limit in bytes. What the system says is wrong with the directory (OSError) passes through."""
+    """The cache directory and its size limit in bytes. OSErrors of the directory pass through."""
 
     directory: Path
     limit: int
 
     def read(self, file: File, offset: int, length: int, download: Download) -> bytes:
-        """`length` bytes from byte `offset` of `file`, which is downloaded first where it is not here."""
+        """Return `length` bytes from byte `offset` of `file`, which is downloaded first if it is not in the cache."""
         while True:
             try:
                 with open(self._place(file), "rb", buffering=0) as stream:
                     status = os.fstat(stream.fileno())
                     if status.st_size == file.bytes:
-                        if time.time() - status.st_mtime > 1:  # not at every read: other nodes' metadata may be far away
+                        if time.time() - status.st_mtime > 1:  # not at every read: metadata may be slow on a network file system
                             os.utime(stream.fileno())
                         stream.seek(offset)
                         return stream.read(length)
-                self._place(file).unlink(missing_ok=True)  # something else cut it
+                self._place(file).unlink(missing_ok=True)  # something else truncated it
             except OSError as error:
                 # Another process may remove it at any time: an open file stays readable, but not over NFS (ESTALE).
                 if error.errno not in (errno.ENOENT, errno.ESTALE):
@@ -64,9 +64,9 @@ class Cache:
             self.fetch(file, download)
 
     def fetch(self, file: File, download: Download, wait: bool = True) -> None:
-        """See that `file` is here and the last to leave.
+        """Make sure that `file` is in the cache, and mark it as the most recently used.
 
-        wait: False leaves out a file that another process is fetching, and one whose room others hold who are fetching.
+        wait: False skips a file that another process is downloading, and one whose space is reserved by other downloads.
         """
         place, partial = self._place(file), self._place(file, _PARTIAL)
         (self.directory / "locks").mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ class Cache:
             os.utime(place)
             return
         with suppress(Timeout), self._lock(file.sha256[:2], wait):
-            with suppress(FileNotFoundError):  # it has come while this process waited for the lock
+            with suppress(FileNotFoundError):  # another process downloaded it while this one waited for the lock
                 os.utime(place)
                 return
             try:
@@ -82,8 +82,8 @@ class Cache:
                     with open(partial, "r+b") as stream:
                         download(file, stream)
                         stream.flush()
-                        os.fsync(stream.fileno())  # its length is right already: after a power cut holes would pass for it
-                    with self._lock("room"):  # whoever makes room sees it under one of its names
+                        os.fsync(stream.fileno())  # its length is final already: after a power cut, holes would pass for data
+                    with self._lock("room"):  # whoever frees space sees it under one of its names
                         os.replace(partial, place)
             finally:
                 partial.unlink(missing_ok=True)
@@ -95,7 +95,7 @@ class Cache:
         return FileLock(self.directory / "locks" / name, timeout=-1 if wait else 0, poll_interval=_POLL)
 
     def _reserve(self, file: File, wait: bool) -> bool:
-        """Make the partial file of `file`, of its final length, once it fits; its lock must be held."""
+        """Create the partial file of `file` at its final length once it fits; return whether it did. Its lock must be held."""
         while True:
             with self._lock("room"):
                 if self._make_room(file):
@@ -107,9 +107,9 @@ class Cache:
             time.sleep(_POLL)
 
     def _make_room(self, file: File) -> bool:
-        """Remove what was used longest ago until `file` fits; False where others who are fetching hold too much for it.
+        """Remove the least recently used files until `file` fits; return False if other downloads reserve too much space.
 
-        What nobody else is fetching always gets room, even if it alone is larger than the limit.
+        When nothing else is being downloaded, `file` always fits, even if it alone is larger than the limit.
         """
         whole, in_flight = [], 0
         for path in self.directory.glob(f"{'[0-9a-f]' * 64}.tar*"):
@@ -130,7 +130,8 @@ class Cache:
         return True
 
     def _remove_leftover(self, partial: Path, file: File) -> bool:
-        """Remove a partial file that a killed process left: nobody holds its lock, or this process does, for `file`."""
+        """Remove a partial file that a killed process left, and return whether it did: nobody holds its lock, or this process
+        does, for `file`."""
         name = partial.name[:2]
         try:
             if name == file.sha256[:2]:

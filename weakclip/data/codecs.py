@@ -1,10 +1,11 @@
-"""Quick decoders of the usual kinds of picture. What is not quite as it should be, they leave to Pillow, which has the last word.
+"""Fast codecs for the usual kinds of image. The decoders return None for anything unusual, which the caller leaves to Pillow.
 
-Where they do decode, the pixels are Pillow's.
+Where they do decode, the pixels are the same as Pillow's.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 from collections.abc import Iterator
@@ -14,17 +15,19 @@ import simplejpeg
 from PIL import Image
 from zlib_ng import zlib_ng
 
+from weakclip.labels import palette
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def decode_jpeg(data: bytes, size: tuple[int, int], least: tuple[int, int]) -> np.ndarray | None:
-    """A JPEG of H, W = `size` as uint8 RGB, reduced to 1/2, 3/8, 1/4 or 1/8 where that is still `least` or more.
+    """Decode a JPEG of H, W = `size` to uint8 RGB, reduced to 1/2, 3/8, 1/4 or 1/8 where that is still `least` or more.
 
-    By libjpeg-turbo. None for another size, CMYK, damage, and what Pillow would call a decompression bomb.
+    libjpeg-turbo decodes it. Return None for another size, CMYK, damage, and what Pillow would call a decompression bomb.
     """
     if not 0 < math.prod(size) <= (Image.MAX_IMAGE_PIXELS or math.inf):
         return None
-    if min(size) < 16:  # too small to tell from the result by how much it was reduced
+    if min(size) < 16:  # the size of a tiny result does not tell how much it was reduced
         least = size
     try:
         *header_HW, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -36,9 +39,9 @@ def decode_jpeg(data: bytes, size: tuple[int, int], least: tuple[int, int]) -> n
 
 
 def decode_mask_png(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
-    """An 8-bit grey or palette PNG of H, W = `size` as uint8 H x W: its greys or indices.
+    """Decode an 8-bit grey or palette PNG of H, W = `size` to its grey values or indices, uint8 H x W.
 
-    None for another kind or size, damage, and filtered rows; Pillow doesn't filter palettes when it writes them.
+    Return None for another kind or size, damage, and filtered rows, which Pillow does not write for palettes.
     """
     H, W = size
     try:
@@ -49,13 +52,13 @@ def decode_mask_png(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
         inflate = zlib_ng.decompressobj()
         pixels = inflate.decompress(b"".join(body for kind, body in chunks if kind == b"IDAT"), H * (W + 1) + 1)
         rows = np.frombuffer(pixels, np.uint8).reshape(H, W + 1)
-    except Exception:  # damaged bytes may make them raise anything
+    except Exception:  # damaged bytes may raise anything
         return None
     return None if rows[:, 0].any() or not inflate.eof else rows[:, 1:].copy()
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Kind and contents of the chunks up to the end mark. Raises ValueError or struct.error where they are not whole."""
+    """Yield kind and contents of the chunks up to the end mark. Raises ValueError or struct.error if one is not intact."""
     if not data.startswith(_PNG):
         raise ValueError
     at, kind = len(_PNG), b""
@@ -66,3 +69,12 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             raise ValueError
         yield kind, body
         at += 12 + length
+
+
+def encode_mask_png(mask_HW: np.ndarray) -> bytes:
+    """Return a mask of class indices, uint8 H x W, as an 8-bit palette PNG in PASCAL VOC's colours."""
+    image = Image.fromarray(mask_HW)
+    image.putpalette(palette())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The index of a shard set: which samples lie where in which tar file (docs/data_format.md)."""
+"""The index of a shard set: the position of each sample in the tar files (docs/data_format.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from weakclip.runtime.errors import UserError
 
 FORMAT = 1
 INDEX = "index.json"
-# A key becomes a member's name: up to the first dot, within the 100 bytes of a plain tar header.
+# A key becomes part of a member's name: up to the first dot, within the 100 bytes of a plain tar header.
 KEY = re.compile(r"(?:(?![./\\])[ -~]){1,80}")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}\.tar")
 REPAIR = "run shards/verify.py on the set, then copy or build it again"
@@ -30,11 +30,11 @@ T = TypeVar("T")
 
 
 class ShardError(UserError):
-    """A shard set, or something meant for one, is not what it should be. One line: the shard, the key, the cure."""
+    """A shard set, or input for one, is invalid or damaged. One line: the shard, the key, and a hint."""
 
 
 def json_field(mapping: Any, name: str, kind: type[T], where: str) -> T:
-    """`mapping[name]`, which must be a `kind`; JSON's true is not an int here. Raises ShardError naming `where`."""
+    """Return `mapping[name]`, which must be a `kind`; JSON's true is not an int here. Raises ShardError naming `where`."""
     value = mapping.get(name) if isinstance(mapping, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ShardError(f"{where}: {name!r} is missing or not of type {kind.__name__}")
@@ -42,12 +42,13 @@ def json_field(mapping: Any, name: str, kind: type[T], where: str) -> T:
 
 
 def is_count(value: Any) -> bool:
+    """Return whether a JSON value is an integer of 0 or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one sample lies: `length` bytes from byte `offset` of the file `shard` are its tar members."""
+    """The position of one sample: `length` bytes from byte `offset` of the file `shard` are its tar members."""
 
     shard: str
     key: str
@@ -57,19 +58,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shard(File):
-    """One tar file and its samples in order."""
+    """One tar file and its samples, in order."""
 
     samples: tuple[Entry, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """As it stands in index.json."""
+        """Return the shard as it is written in index.json."""
         rows = [[entry.key, entry.offset, entry.length] for entry in self.samples]
         return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256, "samples": rows}
 
 
 @dataclass(frozen=True)
 class Index:
-    """A shard set: where it lies, the class names by class index, and the shards."""
+    """A shard set: its storage, the class names by class index, and the shards."""
 
     storage: Storage
     classes: tuple[str, ...]
@@ -79,9 +80,9 @@ class Index:
     def load(cls, path: str | Path, options: DataConfig | None = None) -> Index:
         """Read and check the index at `path`: a shard set's directory or URL, or that of its index.json.
 
-        options: how to read from a URL. Raises ShardError when it is not an index of this format, when a key stands in it
-        twice, when a sample lies outside its shard, or when a shard file of a directory is missing or not of the size the
-        index gives; StorageError when a URL cannot be read; ConfigError when the cache is too small for the shuffle window.
+        options: how to read from a URL. Raises ShardError when it is not an index of this format, when a key is listed twice,
+        when a sample lies outside its shard, or when a shard file of a directory is missing or does not have the size in the
+        index; StorageError when a URL cannot be read; ConfigError when the cache is too small for the shuffle window.
         """
         folder, _, name = str(path).rpartition("/")
         storage = Storage.of(folder if name == INDEX else path, options)
@@ -112,7 +113,7 @@ class Index:
         for what, names in (("shard", [s.name for s in self.shards]), ("key", [e.key for e in self.entries])):
             if len(set(names)) < len(names):
                 twice = next(name for name, count in Counter(names).items() if count > 1)
-                raise ShardError(f"{self.storage}/{INDEX}: {what} {twice!r} stands in it twice; keys must differ in a set")
+                raise ShardError(f"{self.storage}/{INDEX}: {what} {twice!r} is listed twice; it must be unique in a set")
         for shard in self.shards if isinstance(self.storage, LocalStorage) else ():
             file = self.root / shard.name
             size = file.stat().st_size if file.is_file() else None
@@ -121,7 +122,7 @@ class Index:
                 raise ShardError(f"{file}: shard is {state}; copy it again, or build the set again")
 
     def save(self) -> None:
-        """Write index.json into `root`. The wids reader opens it too; `load` ignores that reader's keys."""
+        """Write index.json into `root`. It also holds the keys of the wids reader, which `load` ignores."""
         shardlist = [{"url": shard.name, "nsamples": len(shard.samples), "filesize": shard.bytes} for shard in self.shards]
         wids = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shardlist}
         raw = {"format": FORMAT, "classes": self.classes, "shards": [shard.as_dict() for shard in self.shards], **wids}
@@ -130,18 +131,19 @@ class Index:
 
     @property
     def root(self) -> Path:
-        """The set's directory. Raises ShardError where it lies at a URL."""
+        """The set's directory. Raises ShardError for a set at a URL."""
         if not isinstance(self.storage, LocalStorage):
             raise ShardError(f"{self.storage}: this needs a shard set on a local disk; copy it there")
         return self.storage.root
 
     @cached_property
     def shard_of(self) -> dict[str, Shard]:
+        """Shards by name."""
         return {shard.name: shard for shard in self.shards}
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 that tells this set from one with other shards, in another order or of another size."""
+        """SHA-256 that changes with the set's shards, their order and their number of samples."""
         return hashlib.sha256(json.dumps([(s.name, s.sha256, len(s.samples)) for s in self.shards]).encode()).hexdigest()
 
     @property
@@ -153,12 +155,12 @@ class Index:
 def _check_cache(shards: Sequence[Shard], options: DataConfig) -> None:
     window = sum(sorted(shard.bytes for shard in shards)[-options.shuffle_window :])
     if options.cache and window > options.cache_gib * 2**30:
-        what = f"the {options.shuffle_window} largest shards are {window / 2**30:.3g} GiB and would be fetched again and again"
+        what = f"the {options.shuffle_window} largest shards are {window / 2**30:.3g} GiB and would be downloaded again and again"
         raise ConfigError(f"data.cache_gib={options.cache_gib:g}: {what}; raise it, or lower data.shuffle_window")
 
 
 def parse_shard(raw: Any, file: str) -> Shard:
-    """A shard as it stands in index.json, or in the index of a set in the making, `file`. Raises ShardError."""
+    """Return the shard in an entry of index.json, or of the index of an unfinished set. Raises ShardError naming `file`."""
     name = json_field(raw, "name", str, file)
     where = f"{file}: shard {name!r}"
     size, sha256 = json_field(raw, "bytes", int, where), json_field(raw, "sha256", str, where)
@@ -170,30 +172,33 @@ def parse_shard(raw: Any, file: str) -> Shard:
             raise ShardError(f"{where}: {row!r:.80} is not [key, offset, length]; {REPAIR}")
         key, offset, length = row
         if not (is_count(offset) and is_count(length) and end <= offset < offset + length <= size):
-            raise ShardError(f"{where}: {key}: bytes {offset!r:.20} + {length!r:.20} do not fit its {size}; {REPAIR}")
+            raise ShardError(f"{where}: {key}: bytes {offset!r:.20} + {length!r:.20} do not fit into its {size}; {REPAIR}")
         entries.append(Entry(name, key, offset, length))
         end = offset + length
     return Shard(name, size, sha256, tuple(entries))
 
 
 def open_index(path: str, class_names: Sequence[str], options: DataConfig | None = None) -> Index:
-    """The shard set at `path`, a directory or a URL read as `options` say, whose class list must be `class_names`."""
+    """Return the shard set at `path`, a directory or a URL that is read according to `options`.
+
+    Raises as Index.load, and UserError when its class list is not `class_names`.
+    """
     index = Index.load(path, options)
-    labels.check_same(class_names, index.classes, str(index.storage))
+    labels.require_same(class_names, index.classes, str(index.storage))
     return index
 
 
 def select_shards(index: Index, subset: str | None) -> list[Entry]:
-    """Samples of the shards that `subset` picks: null for all, "3" for one, "0:8" for a range counted like Python's.
+    """Return the samples of the shards that `subset` selects: None for all, "3" for one, "0:8" for a range as in Python.
 
-    Raises ValueError when it is none of these or picks nothing.
+    Raises UserError when it is none of these or selects nothing.
     """
     numbers = select_numbers(len(index.shards), subset, str(index.storage))
     return [entry for number in numbers for entry in index.shards[number].samples]
 
 
 def select_numbers(shards: int, subset: str | None, what: str) -> range:
-    """Which of so many shards `subset` picks, as `select_shards` does. what: the name of their set, for the error."""
+    """Return which of `shards` shards `subset` selects, as in `select_shards`. what: name of the set, for the error message."""
     every = range(shards)
     try:
         first, *rest = (int(part) if part else None for part in (":" if subset is None else subset).split(":"))
@@ -201,12 +206,12 @@ def select_numbers(shards: int, subset: str | None, what: str) -> range:
     except (ValueError, IndexError, TypeError):
         chosen = range(0)
     if not chosen:
-        raise ValueError(f"--shards {subset}: {what} has shards 0..{shards - 1}; write 3 for one, 0:8 for a range")
+        raise UserError(f"--shards {subset}: {what} has shards 0..{shards - 1}; write 3 for one, 0:8 for a range")
     return chosen
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(1 << 20):

@@ -9,16 +9,18 @@ from torch import Tensor
 
 
 class Normalisation(NamedTuple):
-    """Mean and deviation of R, G, B on 0..255."""
+    """Mean and std of R, G, B on 0..255."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     def apply(self, x_B3HW: Tensor) -> Tensor:
+        """Return normalised images from float images in 0..255."""
         mean, std = (x_B3HW.new_tensor(values).view(3, 1, 1) for values in self)
         return (x_B3HW - mean) / std
 
     def undo(self, x_B3HW: Tensor) -> Tensor:
+        """Return float images in 0..255 from normalised images: the inverse of `apply`."""
         mean, std = (x_B3HW.new_tensor(values).view(3, 1, 1) for values in self)
         return x_B3HW * std + mean
 
@@ -31,13 +33,14 @@ NORMALISATIONS = {
 
 
 def distort(images_B3HW: Tensor, draws_B5: Tensor) -> Tensor:
-    """8-bit images -> float images in 0..255.
+    """Return photometrically distorted images, float32 B x 3 x H x W in 0..255, from 8-bit images and their draws.
 
-    Brightness, contrast, saturation, hue, with contrast before or after the last two (mmseg's PhotoMetricDistortion).
+    Brightness, contrast, saturation and hue are changed; contrast comes before or after the last two (as in mmseg's
+    PhotoMetricDistortion). draws_B5: see transforms.draw_photometric.
     """
     brightness, contrast, saturation, hue, last = draws_B5[:, :, None, None, None].unbind(1)
     contrast, saturation = contrast.where(contrast != 0, 1.0), saturation.where(saturation != 0, 1.0)
-    x_B3HW = images_B3HW.to(torch.float32, memory_format=torch.contiguous_format)  # the loader leaves colours together
+    x_B3HW = images_B3HW.to(torch.float32, memory_format=torch.contiguous_format)  # the loader's memory is B x H x W x 3
     x_B3HW = (x_B3HW + brightness).clamp(0, 255)
     x_B3HW = (x_B3HW * contrast.where(last == 0, 1.0)).clamp(0, 255)
     x_B3HW = _shift_hue_and_saturation(x_B3HW, saturation, hue)
@@ -45,7 +48,7 @@ def distort(images_B3HW: Tensor, draws_B5: Tensor) -> Tensor:
 
 
 def _shift_hue_and_saturation(rgb_B3HW: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
-    """In HSV: saturation is scaled (and clipped to 1), hue is turned by degrees."""
+    """Scale the saturation (and clip it to 1) and shift the hue, in degrees, as in HSV."""
     value_B1HW, low_B1HW = rgb_B3HW.amax(1, keepdim=True), rgb_B3HW.amin(1, keepdim=True)
     chroma_B1HW = (value_B1HW - low_B1HW).clamp(min=1e-6)
     red, green, blue = rgb_B3HW.split(1, dim=1)

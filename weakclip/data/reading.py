@@ -1,4 +1,4 @@
-"""Reading one sample of a shard set by one seek and one read."""
+"""Reading one sample of a shard set with one seek and one read."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ T = TypeVar("T")
 
 
 def load(index: Index, entry: Entry) -> DecodedSample:
-    """One sample, by one seek and one read. Raises ShardError when it is damaged, StorageError when a URL cannot be read."""
+    """Return one decoded sample. Raises ShardError when it is damaged, StorageError when a URL cannot be read."""
     return read_and_decode(index, entry, lambda parts: decode_sample(parts, entry, len(index.classes)))
 
 
 def read_and_decode(index: Index, entry: Entry, decode: Callable[[dict[str, bytes]], T]) -> T:
+    """Return `decode` of the sample's members. From an unchecked source, a damaged sample is read once more."""
     try:
         return decode(read_entry(index, entry))
     except ShardError:
@@ -29,7 +30,7 @@ def read_and_decode(index: Index, entry: Entry, decode: Callable[[dict[str, byte
 
 
 def read_entry(index: Index, entry: Entry) -> dict[str, bytes]:
-    """The sample's members (extension -> bytes), by one seek and one read.
+    """Return the sample's members (extension -> bytes), with one seek and one read.
 
     Raises ShardError as `parse_group` does, StorageError when a URL cannot be read.
     """
@@ -42,13 +43,13 @@ def read_entry(index: Index, entry: Entry) -> dict[str, bytes]:
 
 
 def parse_group(data: bytes, entry: Entry) -> dict[str, bytes]:
-    """The members (extension -> bytes) in one sample's byte range of a shard.
+    """Return the members (extension -> bytes) in one sample's byte range of a shard.
 
     Raises ShardError when the range is short, is not whole tar members, or holds members of another key.
     """
     where = f"{entry.shard}: {entry.key}"
     if len(data) != entry.length:
-        raise ShardError(f"{where}: {len(data)} bytes where the index has {entry.length}; {REPAIR}")
+        raise ShardError(f"{where}: {len(data)} bytes, but the index has {entry.length}; {REPAIR}")
     parts: dict[str, bytes] = {}
     end = 0
     while end < len(data):
@@ -71,9 +72,9 @@ _PLAIN_HEADER = struct.Struct("100s 24x 12s 12x 8s c 188x 155s 12x")  # name, si
 
 
 def _tar_member(header: bytes) -> tuple[str, int]:
-    """Name and size of the member that a tar header begins; -1 for what is no file. Raises TarError where it is none.
+    """Return name and size of the member whose tar header this is; the size is -1 if it is not a file. Raises TarError.
 
-    tarfile reads a header in sixty microseconds, and a sample has three: those that shards are made of are read here.
+    tarfile needs sixty microseconds per header, and a sample has three; so the plain headers that shards use are read here.
     """
     try:
         name, size, checksum, kind, prefix = _PLAIN_HEADER.unpack(header)

@@ -27,7 +27,7 @@ _PARTS = {"jpg", "png", "json", "cam.npz", "seed.png", "mask.png"}
 class Cam:
     """Class activation maps of one image.
 
-    classes: class index of each map. maps_nhw: uint8, 255 = 1.0. scale: side of a map / side of the image, >= 1/4.
+    classes: class index of each map. maps_nhw: uint8, where 255 is 1.0. scale: side of a map / side of the image, >= 1/4.
     """
 
     classes: tuple[int, ...]
@@ -35,14 +35,14 @@ class Cam:
     scale: float
 
     def encode(self) -> bytes:
-        """The maps as a compressed .npz; equal maps give equal bytes."""
+        """Return the maps as a compressed .npz; equal maps give equal bytes."""
         classes_n, scale = np.array(self.classes, np.int32), np.array(self.scale, np.float32)
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, array in (("classes", classes_n), ("cam", self.maps_nhw), ("scale", scale)):
                 member = io.BytesIO()
                 np.save(member, array, allow_pickle=False)
-                # A ZipInfo of our own has a fixed date, which np.savez does not promise.
+                # A ZipInfo made here has a fixed date, which np.savez does not guarantee.
                 archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue(), zipfile.ZIP_DEFLATED)
         return buffer.getvalue()
 
@@ -51,7 +51,7 @@ class Cam:
         """Read what `encode` wrote. Raises ShardError for anything else; pickles are never loaded."""
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                # Members are read whole, because only then does zipfile compare their CRC.
+                # Members are read completely, because only then does zipfile check their CRC.
                 members = [archive.read(f"{name}.npy") for name in ("classes", "cam", "scale")]
             classes_n, maps_nhw, scale = (np.load(io.BytesIO(member), allow_pickle=False) for member in members)
         except Exception as error:  # a reader of damaged bytes may raise anything
@@ -63,7 +63,7 @@ class Cam:
         return Cam(tuple(classes_n.tolist()), maps_nhw, scale.item())
 
     def fits(self, height: int, width: int) -> bool:
-        """Whether the maps can be of an H x W image: its proportions, to one cell, and 1/4 of its sides or more."""
+        """Return whether the maps can belong to an H x W image: its aspect ratio, to one cell, and sides of 1/4 or more of its."""
         h, w = self.maps_nhw.shape[1:]
         lows = (h - 1) / height, (w - 1) / width
         highs = (h + 1) / height, (w + 1) / width
@@ -73,7 +73,7 @@ class Cam:
 
 @dataclass
 class Sample:
-    """What a shard holds for one image. `image` is its file's bytes, untouched; `seed` and `mask` are 8-bit PNGs."""
+    """What a shard holds for one image. `image` is the image file's unchanged bytes; `seed` and `mask` are 8-bit PNGs."""
 
     key: str
     image: bytes
@@ -87,7 +87,7 @@ class Sample:
     mask: bytes | None = None
 
     def encode(self) -> dict[str, bytes]:
-        """The sample's members: extension -> bytes."""
+        """Return the sample's members: extension -> bytes."""
         about: dict[str, Any] = {"id": self.key, "height": self.height, "width": self.width}
         about |= {"classes": self.classes, "source": self.source}
         parts = {
@@ -102,20 +102,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class PackedSample:
-    """A sample whose members are written as they are: extension -> bytes. source: where they come from, for messages."""
+    """A sample whose members, extension -> bytes, are written unchanged. source: where they come from, for messages."""
 
     key: str
     parts: dict[str, bytes]
     source: str
 
     def encode(self) -> dict[str, bytes]:
-        """The sample's members: extension -> bytes."""
+        """Return the sample's members: extension -> bytes."""
         return self.parts
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedSample:
-    """A sample as arrays, checked.
+    """A sample as checked arrays.
 
     image: uint8 H x W x 3, RGB. classes: indices 1..K-1 of the classes present, ascending. cam: its maps or None.
     seed, mask: uint8 H x W with values 0..K-1 and 255 (ignored), or None.
@@ -136,9 +136,9 @@ class DecodedSample:
 
 @dataclass(frozen=True, eq=False)
 class OpenSample:
-    """A sample as training begins with it: as a DecodedSample, but the picture is still to be decoded.
+    """A sample as training reads it: like a DecodedSample, but with the image not decoded yet.
 
-    size: H, W of the picture. cam: None as well where there is a seed.
+    size: H, W of the image. cam: None also where there is a seed.
     """
 
     entry: Entry
@@ -150,12 +150,18 @@ class OpenSample:
 
     @property
     def key(self) -> str:
+        """The sample's key in the shard set."""
         return self.entry.key
 
-    def decode_picture(self, least: tuple[int, int]) -> np.ndarray:
-        """The picture, uint8 H x W x 3, or what a JPEG's decoder makes of it at 1/2, 3/8, 1/4 or 1/8 of its size.
+    @property
+    def image(self) -> np.ndarray:
+        """The image at its full size, uint8 H x W x 3. Raises ShardError when it is damaged."""
+        return self.decode_picture(self.size)
 
-        The latter where that is still H, W = `least` or more. Raises ShardError when it is damaged.
+    def decode_picture(self, least: tuple[int, int]) -> np.ndarray:
+        """Return the image, uint8 H x W x 3. A JPEG may be decoded at 1/2, 3/8, 1/4 or 1/8 of its size.
+
+        A reduced image is at least H, W = `least`. Raises ShardError when the image is damaged.
         """
         with _naming(self.entry):
             return _decode_picture(self.parts, self.size, least)
@@ -164,17 +170,17 @@ class OpenSample:
 def decode_sample(parts: dict[str, bytes], entry: Entry, num_classes: int) -> DecodedSample:
     """Decode and check one sample; `parts` is what `read_entry` returns, `num_classes` is K.
 
-    Raises ShardError naming shard and key when a part is damaged, missing or unknown, or when the parts do not fit each
-    other: another size than the image's, a class outside 1..K-1, a CAM of a class the image is not labelled with.
+    Raises ShardError naming shard and key when a part is damaged, missing or unknown, or when the parts are inconsistent: a
+    mask of another size than the image, a class outside 1..K-1, a CAM of a class that the image is not labelled with.
     """
     with _naming(entry):
         return _decode(parts, entry.key, num_classes)
 
 
 def open_sample(parts: dict[str, bytes], entry: Entry, num_classes: int) -> OpenSample:
-    """What training needs of a sample; the mask is not looked at, nor the CAM where there is a seed.
+    """Return what training needs of a sample. The mask is not read, nor is the CAM where there is a seed.
 
-    Raises ShardError as `decode_sample` does; for damage of the picture only when that is decoded.
+    Raises ShardError as `decode_sample` does, but a damaged image is noticed only when it is decoded.
     """
     with _naming(entry):
         size_HW, classes = _decode_about(parts, entry.key, num_classes)
@@ -192,7 +198,7 @@ def _naming(entry: Entry) -> Iterator[None]:
 
 
 def check_parts(parts: dict[str, bytes], key: str, num_classes: int) -> None:
-    """Raise ShardError when these are not the parts of a sample, as `decode_sample` does, or its key cannot be a tar member's."""
+    """Raise ShardError as `decode_sample` does when these are not a sample's parts, or when `key` cannot name tar members."""
     if not KEY.fullmatch(key):
         raise ShardError("a key is 1 to 80 printable ASCII characters other than . / \\; rename the image")
     _decode(parts, key, num_classes)
@@ -206,7 +212,7 @@ def _decode(parts: dict[str, bytes], key: str, num_classes: int) -> DecodedSampl
 
 
 def _decode_about(parts: dict[str, bytes], key: str, num_classes: int) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Image size (H, W) and classes present from a sample's KEY.json, once its parts are those of a sample."""
+    """Return image size (H, W) and present classes from a sample's KEY.json, after checking that its parts are complete."""
     if unknown := parts.keys() - _PARTS:
         raise ShardError(f"unknown part {min(unknown)!r}")
     if len(parts.keys() & {"jpg", "png"}) != 1 or "json" not in parts:
@@ -227,14 +233,14 @@ def _decode_about(parts: dict[str, bytes], key: str, num_classes: int) -> tuple[
 def _decode_cam(parts: dict[str, bytes], size_HW: tuple[int, int], classes: Sequence[int]) -> Cam | None:
     cam = Cam.decode(parts["cam.npz"]) if "cam.npz" in parts else None
     if cam and (strangers := set(cam.classes) - set(classes)):
-        raise ShardError(f"CAM of class {min(strangers)}, which the image's labels {list(classes)} do not hold")
+        raise ShardError(f"CAM of class {min(strangers)}, which is not among the image's labels {list(classes)}")
     if cam and not cam.fits(*size_HW):
         raise ShardError(f"CAM of {cam.maps_nhw.shape[1:]} at scale {cam.scale:.3f} does not fit an image of {size_HW}")
     return cam
 
 
 def _decode_picture(parts: dict[str, bytes], size_HW: tuple[int, int], least_HW: tuple[int, int] | None = None) -> np.ndarray:
-    """uint8 H x W x 3; of a JPEG perhaps less, as OpenSample.decode_picture says."""
+    """Return the image, uint8 H x W x 3; a JPEG may be reduced as in OpenSample.decode_picture."""
     (extension,) = parts.keys() & {"jpg", "png"}
     if extension == "jpg" and (image_HW3 := decode_jpeg(parts["jpg"], size_HW, least_HW or size_HW)) is not None:
         return image_HW3
@@ -243,19 +249,19 @@ def _decode_picture(parts: dict[str, bytes], size_HW: tuple[int, int], least_HW:
 
 
 def _open_image(data: bytes, what: str, size_HW: tuple[int, int]) -> Image.Image:
-    """The loaded picture; `what` is its extension, for the message and the decoder. It must be of size (H, W)."""
+    """Return the loaded image, which must have the size (H, W). what: its extension, for the decoder and messages."""
     try:
         image = Image.open(io.BytesIO(data), formats=["JPEG" if what == "jpg" else "PNG"])
-        if image.size == size_HW[::-1]:  # looked at first: a damaged header may claim gigabytes
+        if image.size == size_HW[::-1]:  # checked first: a damaged header may claim gigabytes
             image.load()
             return image
     except Exception as error:  # a decoder of damaged bytes may raise anything
-        raise ShardError(f"{what} does not decode ({error})") from None
+        raise ShardError(f"{what} cannot be decoded ({error})") from None
     raise ShardError(f"{what} is {image.height} x {image.width}, not {size_HW[0]} x {size_HW[1]} as its json says")
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """uint8 H x W x 3. EXIF rotation is left alone: CAMs and masks follow the stored pixels."""
+    """Return the image as uint8 H x W x 3. EXIF rotation is ignored: CAMs and masks follow the stored pixels."""
     if image.mode.startswith("I"):  # 16-bit grey; convert() would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -265,9 +271,9 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def decode_mask(data: bytes | None, what: str, size_HW: tuple[int, int], num_classes: int) -> np.ndarray | None:
-    """uint8 H x W of class indices and 255; None for a part the sample has not.
+    """Return a mask of class indices and 255, uint8 H x W; None if the sample has no such part.
 
-    Raises ShardError naming the part `what` when it is no 8-bit PNG of this size, or holds a class outside 0..K-1.
+    Raises ShardError naming the part `what` when it is not an 8-bit PNG of this size or holds a class outside 0..K-1.
     """
     if data is None:
         return None

@@ -1,4 +1,4 @@
-"""Where the files of a shard set lie: in a directory, or at a URL that fsspec reads, with retries and perhaps a cache."""
+"""Storage of a shard set's files: a directory, or a URL that fsspec reads, with retries and optionally a cache."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from typing import Any, BinaryIO
 
 from weakclip.config import DataConfig
 from weakclip.data.cache import Cache, File
+from weakclip.runtime.errors import UserError
 
 _CHUNK = 8 * 2**20
-"""Bytes a request where a whole file is fetched."""
+"""Bytes per request when a whole file is downloaded."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 """Seconds between two tries."""
-_random = random.SystemRandom()  # a generator of its own, so that neither seeds nor forks make processes wait in step
+_random = random.SystemRandom()  # a separate generator, so that neither seeds nor forks make processes wait in step
 _log = logging.getLogger(__name__)
 
 
-class StorageError(ValueError):
-    """What lies at a URL cannot be had. One line: the URL, what happened, how often it was tried, the cure."""
+class StorageError(UserError):
+    """A URL cannot be read. One line: the URL, what happened, how often it was tried, and a hint."""
 
 
 class Storage(ABC):
-    """Reads the files of one shard set; pickles, and may be used after a fork. `str` gives the directory or the URL."""
+    """Reads the files of one shard set. It can be pickled and used after a fork. `str` gives the directory or the URL."""
 
     @staticmethod
     def of(root: str | Path, options: DataConfig | None = None) -> Storage:
-        """The storage of the set at `root`: a directory, or a URL, which is read as `options` say."""
+        """Return the storage of the set at `root`: a directory, or a URL, which is read according to `options`."""
         if "://" not in str(root):
             return LocalStorage(Path(root))
         options = options or DataConfig()
@@ -48,28 +49,28 @@ class Storage(ABC):
     @property
     @abstractmethod
     def checked(self) -> bool:
-        """Whether bytes are known to be the source's: read from a disk, or compared with a SHA-256."""
+        """Whether bytes are known to be those of the source: read from a disk, or checked by SHA-256."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """A whole small file."""
+        """Return a whole small file."""
 
     @abstractmethod
     def read_range(self, file: File, offset: int, length: int) -> bytes:
-        """`length` bytes from byte `offset` of `file`."""
+        """Return `length` bytes from byte `offset` of `file`."""
 
     @abstractmethod
     def prefetch(self, files: Sequence[File]) -> None:
-        """Start to fetch files into the cache, where there is one; returns at once.
+        """Start to prefetch files into the cache, if there is one, and return at once.
 
-        files: those that are read now, then those that come next, in the order of their use; so many as the cache holds
-        together are fetched. Another call replaces what is left of the one before.
+        files: those that are read now, then those that follow, in the order of their use. The first ones that fit into the cache
+        together are fetched. Another call replaces what is left of the previous one.
         """
 
 
 @dataclass(frozen=True)
 class LocalStorage(Storage):
-    """A directory. What the system says is wrong (OSError) passes through."""
+    """A directory. OSErrors pass through."""
 
     root: Path
 
@@ -94,9 +95,9 @@ class LocalStorage(Storage):
 
 @dataclass(frozen=True)
 class RemoteStorage(Storage):
-    """A URL. Each range is a request; with a cache, whole files are fetched once and checked. Raises StorageError.
+    """A URL. Each range is one request; with a cache, whole files are downloaded once and checked. Raises StorageError.
 
-    retries: how often a request is repeated. timeout: seconds in which its answer must have arrived.
+    retries: how often a failed request is repeated. timeout: seconds within which its answer must have arrived.
     """
 
     url: str
@@ -120,8 +121,8 @@ class RemoteStorage(Storage):
         try:
             return self.cache.read(file, offset, length, self._download)
         except OSError as error:
-            cure = "make room there, or set data.cache to another directory"
-            raise StorageError(f"{self.cache.directory}: cannot hold {self.url}/{file.name} ({error}); {cure}") from None
+            cure = "free space there, or set data.cache to another directory"
+            raise StorageError(f"{self.cache.directory}: cannot store {self.url}/{file.name} ({error}); {cure}") from None
 
     def prefetch(self, files: Sequence[File]) -> None:
         if self.cache is not None:
@@ -130,12 +131,13 @@ class RemoteStorage(Storage):
             _prefetcher(self, os.getpid()).ask(fitting)
 
     def fetch_ahead(self, file: File) -> None:
-        """Have `file` in the cache, unless another process is at it. For the prefetcher; the cache must be set."""
+        """Fetch `file` into the cache, unless another process is fetching it. For the prefetcher; the cache must be set."""
         assert self.cache is not None
         self.cache.fetch(file, self._download, wait=False)
 
     def _download(self, file: File, stream: BinaryIO) -> None:
-        """Write all of `file`, whose SHA-256 must be the index's; the network may change bytes, so once more if it isn't."""
+        """Write all of `file` into `stream`. A wrong SHA-256 is tried again, since the network may change bytes; the same wrong
+        SHA-256 twice is an error."""
         digests: list[str] = []
         while len(digests) <= self.retries and len(set(digests)) == len(digests):
             stream.seek(0)
@@ -151,7 +153,7 @@ class RemoteStorage(Storage):
         raise StorageError(f"{self.url}/{file.name}: {what}; copy the shard set there again")
 
     def _get(self, name: str, offset: int, length: int | None) -> bytes:
-        """`length` bytes (None: all) from byte `offset` of a file, asked for until they come or the retries are used up."""
+        """Return `length` bytes (None: all) from byte `offset` of a file; requests are repeated until the retries are used up."""
         url = f"{self.url}/{name}"
         what = ""
         for tried in range(self.retries + 1):
@@ -163,28 +165,28 @@ class RemoteStorage(Storage):
                 return self._request(url, offset, length)
             except StorageError:
                 raise
-            except Exception as error:  # each protocol's client has errors of its own
+            except Exception as error:  # each protocol's client has its own errors
                 if reason := _hopeless(error):
                     raise StorageError(f"{url}: {reason}") from None
                 what = _described(error, self.timeout)
         settings = f"data.retries (now {self.retries}) or data.timeout (now {self.timeout:g} s)"
-        raise StorageError(f"{url}: {what}; tried {self.retries + 1} times; look after the server, or raise {settings}")
+        raise StorageError(f"{url}: {what}; tried {self.retries + 1} times; check the server, or raise {settings}")
 
     def _request(self, url: str, offset: int, length: int | None) -> bytes:
         filesystem = _filesystem(url.partition("://")[0], self.timeout, os.getpid())
         end = None if length is None else offset + length
         data = filesystem.cat_file(url, start=offset, end=end, timeout=self.timeout)
         if length is not None and len(data) > length:
-            raise StorageError(f"{url}: {len(data)} bytes came where {length} were asked for; the server must know Range")
+            raise StorageError(f"{url}: received {len(data)} bytes instead of {length}; the server must support Range requests")
         if length is not None and len(data) < length:
-            raise EOFError(f"{len(data)} bytes came where {length} were asked for")
+            raise EOFError(f"received {len(data)} bytes instead of {length}")
         return data
 
 
 @functools.cache
 def _filesystem(protocol: str, timeout: float, process: int) -> Any:
     """fsspec's filesystem of one process (its id): its thread and connections don't survive a fork."""
-    import fsspec  # with what it imports for a protocol: only those who read from URLs need to wait for it
+    import fsspec  # slow with what it imports for a protocol, and only needed to read from URLs
 
     options: dict[str, Any] = {}
     try:
@@ -192,46 +194,46 @@ def _filesystem(protocol: str, timeout: float, process: int) -> Any:
         if protocol in ("http", "https"):
             from aiohttp import ClientTimeout
 
-            # trust_env: the proxy and the .netrc of the environment.
+            # trust_env: use the proxy and the .netrc of the environment.
             options = {"client_kwargs": {"timeout": ClientTimeout(total=timeout), "trust_env": True}}
         elif protocol in ("s3", "s3a"):
-            # Retrying is done here, not twice.
+            # _get retries; retrying in both places would multiply the attempts.
             limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"total_max_attempts": 1}}
             options = {"config_kwargs": limits}
         elif protocol in ("gs", "gcs"):
-            # The class that fsspec names asks first what kind of bucket it is, by gRPC, which may hang after a fork.
+            # The class that fsspec names first asks by gRPC what kind of bucket it is, which may hang after a fork.
             import gcsfs.core
 
             kind = gcsfs.core.GCSFileSystem
-            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of errors that it raises as well
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it also logs tracebacks of errors that it raises
         filesystem = kind(skip_instance_cache=True, **options)
     except ImportError as error:
         raise StorageError(f"{protocol}:// needs a package that is missing ({error}); pip install 'weakclip[remote]'") from None
     except ValueError:
-        raise StorageError(f"{protocol}:// is unknown; shards lie in a directory or at http(s)://, s3:// or gs://") from None
+        raise StorageError(f"{protocol}:// is not supported; use a directory or a URL with http(s)://, s3:// or gs://") from None
     if protocol in ("s3", "s3a"):
         filesystem.retries = 1
     return filesystem
 
 
 def _hopeless(error: Exception) -> str | None:
-    """Why asking again cannot help; None where it may."""
+    """Return why a retry cannot help; None if it may."""
     status = getattr(error, "status", None) or getattr(error, "code", None)
     if isinstance(error, FileNotFoundError) or status == 404:
         return "there is no such file; is the URL right, and was all of the shard set copied there?"
     no_credentials = type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
     if isinstance(error, PermissionError) or status in (401, 403) or no_credentials or str(error).startswith("Forbidden"):
-        return f"access is refused ({_one_line(error)}); see that the environment has credentials for it"
+        return f"access is denied ({_one_line(error)}); check that the environment has credentials for it"
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):
-        return f"the server refuses ({_one_line(error)}); is the shard there the one that the index describes?"
+        return f"the server rejects the request ({_one_line(error)}); is the shard there the one that the index describes?"
     if isinstance(error, (ValueError, TypeError)):
-        return f"it cannot be asked for ({_one_line(error)}); is the URL right?"
+        return f"it cannot be requested ({_one_line(error)}); is the URL right?"
     return None
 
 
 def _described(error: Exception, timeout: float) -> str:
     late = isinstance(error, (TimeoutError, asyncio.TimeoutError))  # two classes before Python 3.11
-    return f"no whole answer within {timeout:g} s" if late else _one_line(error)
+    return f"no complete answer within {timeout:g} s" if late else _one_line(error)
 
 
 def _one_line(error: Exception) -> str:
@@ -240,12 +242,12 @@ def _one_line(error: Exception) -> str:
 
 @functools.cache
 def _prefetcher(storage: RemoteStorage, process: int) -> _Prefetcher:
-    """That of one storage in one process (its id): threads don't survive a fork."""
+    """Return the prefetcher of one storage in one process (its id): threads do not survive a fork."""
     return _Prefetcher(storage)
 
 
 class _Prefetcher:
-    """A thread that fetches files into the cache; what is asked for replaces what was asked for before."""
+    """A thread that fetches files into the cache; each request replaces the previous one."""
 
     def __init__(self, storage: RemoteStorage) -> None:
         self._storage = storage
@@ -263,4 +265,4 @@ class _Prefetcher:
                 try:
                     self._storage.fetch_ahead(file)
                 except (StorageError, OSError):
-                    break  # whoever reads the file will meet it too, and report it
+                    break  # whoever reads the file will get the same error and report it

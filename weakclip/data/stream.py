@@ -1,4 +1,4 @@
-"""Tar shards -> batches, in the order of the plan."""
+"""The stream of batches from tar shards, in the order of the plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from weakclip.config import Config
+from weakclip.config import AugmentConfig, Config, DataConfig
 from weakclip.data import plan, transforms
 from weakclip.data.index import Entry, Index, ShardError
 from weakclip.data.reading import load, read_and_decode
@@ -23,6 +23,8 @@ from weakclip.runtime.signals import held_back, obey_only_the_parent
 
 
 class Batch(NamedTuple):
+    """A micro-batch of B augmented crops of c x c pixels."""
+
     keys: list[str]
     images: Tensor
     """uint8 B x 3 x c x c, in memory B x c x c x 3."""
@@ -33,18 +35,20 @@ class Batch(NamedTuple):
     photometric: Tensor
     """float32 B x 5: the draws that photometric.distort applies."""
     bad: list[str]
-    """What was wrong with samples that were skipped on the way, one line each."""
+    """One line for each damaged sample that was skipped."""
 
 
 class Candidate(NamedTuple):
+    """A sample that may be used at a position of the stream."""
+
     source: Index
     entry: Entry
     key: tuple[int, ...]
-    """Of the generator that the sample is augmented with."""
+    """Key of the random generator that augments the sample."""
 
 
 class Source:
-    """One shard set in training: its samples in its own order."""
+    """One shard set in training, which has its own order of samples."""
 
     def __init__(self, index: Index, key: tuple[int, ...], window: int) -> None:
         sizes = [len(shard.samples) for shard in index.shards]
@@ -53,7 +57,7 @@ class Source:
         self._window: plan.Window | None = None
 
     def candidates(self, position: int) -> Iterator[Candidate]:
-        """The sample at a position of this source's order, then those that replace it if it is damaged."""
+        """Yield the sample at a position of this source's order, then those that replace it if it is damaged."""
         self._prefetch(position)
         for epoch, number in self.order.successors(position):
             shard = int(np.searchsorted(self._starts, number, side="right")) - 1
@@ -61,7 +65,7 @@ class Source:
             yield Candidate(self.index, entry, (plan.AUGMENT, *self.order.key, epoch, number))
 
     def _prefetch(self, position: int) -> None:
-        """As reading enters a window: fetch its shards, then those of the next one."""
+        """Fetch the shards of a window when reading enters it, then those of the next window."""
         window = self.order.window_at(position)
         if window is not self._window:
             self._window = window
@@ -70,14 +74,30 @@ class Source:
 
 
 @dataclass(frozen=True)
-class TrainingSamples(IterableDataset[dict[str, Any]]):
-    """Iterates over the augmented samples of the micro-batches that this loader process is to make.
+class StreamSettings:
+    """What decides the stream of batches: a run resumes exactly if these are unchanged."""
 
-    target: what a sample is trained towards, uint8 H x W of its image's size.
+    data: DataConfig
+    augment: AugmentConfig
+    seed: int
+    batch: int
+    """Images per rank and micro-step."""
+
+    @classmethod
+    def of(cls, config: Config) -> StreamSettings:
+        """Return the settings of WeakCLIP's own training."""
+        return cls(config.data, config.augment, config.seed, config.train.batch)
+
+
+@dataclass(frozen=True)
+class TrainingSamples(IterableDataset[dict[str, Any]]):
+    """Iterates over the augmented samples of the micro-batches that this loader process produces.
+
+    target: returns the mask that a sample is trained on, uint8 H x W of its image's size.
     """
 
     sources: tuple[Index, ...]
-    config: Config
+    settings: StreamSettings
     consumed: int
     rank: int
     ranks: int
@@ -86,16 +106,16 @@ class TrainingSamples(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        config = self.config
-        sources = [Source(index, (config.seed, number), config.data.shuffle_window) for number, index in enumerate(self.sources)]
-        mix = plan.Mix((1.0, *config.data.mix.values()), config.seed)
-        for positions in plan.micro_batches(self.consumed, config.train.batch, self.ranks, self.rank, workers, worker):
+        seed, data = self.settings.seed, self.settings.data
+        sources = [Source(index, (seed, number), data.shuffle_window) for number, index in enumerate(self.sources)]
+        mix = plan.Mix((1.0, *data.mix.values()), seed)
+        for positions in plan.micro_batches(self.consumed, self.settings.batch, self.ranks, self.rank, workers, worker):
             for position in positions:
                 number, place = mix.at(position)
                 yield self._load(sources[number].candidates(place))
 
     def _load(self, candidates: Iterator[Candidate]) -> dict[str, Any]:
-        """The first readable one, so that every rank's batch stays full."""
+        """Return the first readable candidate, so that every rank's batch stays full."""
         bad: list[str] = []
         for index, entry, key in candidates:
             try:
@@ -103,20 +123,20 @@ class TrainingSamples(IterableDataset[dict[str, Any]]):
                 return {"key": entry.key, **read_and_decode(index, entry, augmented), "bad": bad}
             except ShardError as error:
                 bad.append(str(error))
-                if len(bad) > self.config.data.max_bad_samples:
+                if len(bad) > self.settings.data.max_bad_samples:
                     break
-        raise ShardError(too_many_bad(bad, self.config.data.max_bad_samples))
+        raise ShardError(too_many_bad(bad, self.settings.data.max_bad_samples))
 
     def _augmented(self, entry: Entry, num_classes: int, key: tuple[int, ...], parts: dict[str, bytes]) -> dict[str, np.ndarray]:
-        """The picture is decoded last, when it is known at which size it is needed."""
+        """Decode and augment one sample. The image is decoded last, when the size at which it is needed is known."""
         sample = open_sample(parts, entry, num_classes)
         image, seed, draws = transforms.augment(
             sample.decode_picture,
             self.target(sample),
             sample.classes,
             plan.generator(*key),
-            self.config.augment,
-            self.config.data.scale,
+            self.settings.augment,
+            self.settings.data.scale,
         )
         labels_K = np.zeros(num_classes, np.uint8)
         labels_K[list(sample.classes)] = 1
@@ -124,11 +144,12 @@ class TrainingSamples(IterableDataset[dict[str, Any]]):
 
 
 def too_many_bad(bad: Sequence[str], limit: int) -> str:
+    """Return the error message for more than `limit` unreadable samples."""
     return f"more than data.max_bad_samples={limit} unreadable samples; the last: {bad[-1]}"
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:
-    """Into memory that is shared, in a loader process."""
+    """Return the samples as a batch; a loader process places it in shared memory."""
     return Batch(
         keys=[sample["key"] for sample in samples],
         images=default_collate([sample["image"] for sample in samples]).permute(0, 3, 1, 2),
@@ -141,20 +162,20 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
 
 def training_batches(
     index: Index,
-    config: Config,
+    settings: StreamSettings,
     target: Callable[[OpenSample], np.ndarray],
     consumed: int = 0,
     rank: int = 0,
     ranks: int = 1,
     mixed: Sequence[Index] = (),
 ) -> Generator[Batch]:
-    """Endless micro-batches of one rank, going on after `consumed` samples of the whole run.
+    """Yield micro-batches of one rank without end, starting after `consumed` samples of the whole run.
 
-    target: as of TrainingSamples. mixed: the sets that `data.mix` weighs, in its order.
+    target: as in TrainingSamples. mixed: the sets of `data.mix`, in its order.
     """
-    samples = TrainingSamples((index, *mixed), config, consumed, rank, ranks, target)
-    pipeline = wds.DataPipeline(samples, wds.batched(config.train.batch, collation_fn=collate, partial=False))
-    workers = config.data.workers
+    samples = TrainingSamples((index, *mixed), settings, consumed, rank, ranks, target)
+    pipeline = wds.DataPipeline(samples, wds.batched(settings.batch, collation_fn=collate, partial=False))
+    workers = settings.data.workers
     loader = DataLoader(
         pipeline,
         batch_size=None,
@@ -167,7 +188,7 @@ def training_batches(
 
 @dataclass(frozen=True)
 class StoredSamples:
-    """`entries` as they lie in the shards, decoded in order and ahead of their use. A damaged one raises ShardError."""
+    """The stored samples `entries`, decoded in order and ahead of their use. A damaged one raises ShardError."""
 
     index: Index
     entries: Sequence[Entry]
@@ -201,7 +222,7 @@ def _identity(sample: Any) -> Any:
 
 
 def _unwrapped(loader: DataLoader[Any]) -> Generator[Any]:
-    """The loader's items; a loader process wraps an error's one line in its traceback, here it comes out again."""
+    """Yield the loader's items. A loader process wraps the line of an error in its traceback; this raises the line alone."""
     with held_back():
         iterator = iter(loader)  # this forks the processes
     try:

@@ -1,6 +1,6 @@
 """Geometric augmentation, in the loader, on 8-bit arrays: random resize, crop, flip and pad.
 
-What is drawn depends on the sample's random generator alone. Image and seed get the same transform.
+What is drawn depends only on the sample's random generator. Image and seed get the same transform.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ cv2.setNumThreads(0)  # a loader process has one core
 
 
 def scaled_size(H: int, W: int, scale: Sequence[int], factor: float) -> Size:
-    """Size of an H x W image resized, keeping its shape, into `scale` (long, short side) times `factor`."""
+    """Return the size of an H x W image resized, keeping its aspect ratio, into `scale` (long, short side) times `factor`."""
     long_side, short_side = (int(side * factor) for side in scale)
     ratio = min(long_side / max(H, W), short_side / min(H, W))
     return max(1, int(H * ratio + 0.5)), max(1, int(W * ratio + 0.5))
 
 
 def resize_image(image_HWC: np.ndarray, size: Size) -> np.ndarray:
-    """Bilinear without anti-aliasing, as published (mmcv resizes with OpenCV)."""
+    """Return the image resized bilinearly to H, W = `size`, without anti-aliasing as published (mmcv resizes with OpenCV)."""
     return cv2.resize(image_HWC, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 class _Span(NamedTuple):
-    """One axis of a part of an image that is resized by itself: the part, its new length, and what is wanted of that."""
+    """One axis of a part of an image that is resized separately: the part, its new length, and the wanted slice of that."""
 
     part: slice
     length: int
@@ -45,9 +45,9 @@ class _Span(NamedTuple):
 
 
 def resize_window(image_HW3: np.ndarray, whole: Size, size: Size, window: Window) -> np.ndarray:
-    """`resize_image(image, size)[window]`, of which little more than the window is computed.
+    """Return `resize_image(image, size)[window]`, uint8 h x w x 3, computing little more than the window.
 
-    whole: the image's H, W; `image_HW3` may be a version of it reduced to n/8, rounded up, as JPEG decoders make it.
+    whole: the image's H, W; `image_HW3` may be the image reduced to n/8, rounded up, as JPEG decoders return it.
     """
     eighths = 8 * image_HW3.shape[1] // whole[1]
     rows, columns = (_span(part, side, length, eighths) for part, side, length in zip(window, whole, size, strict=True))
@@ -56,10 +56,11 @@ def resize_window(image_HW3: np.ndarray, whole: Size, size: Size, window: Window
 
 
 def _span(window: slice, whole: int, length: int, eighths: int) -> _Span:
-    """A part is resized as in the whole image if it begins and ends where edges of old and new pixels meet.
+    """Return the part to resize for `window`, a slice of the new pixels.
 
-    Edges 1/64 of an old pixel apart will do; a pixel's value moves by 1/64 of the difference to its neighbour at most. The
-    part is an old pixel longer than the window at both ends, because its outermost new pixels lack neighbours.
+    A part is resized as in the whole image if it begins and ends where edges of old and new pixels coincide. Edges may be 1/64
+    of an old pixel apart: a pixel's value then changes by at most 1/64 of the difference to its neighbour. The part is an old
+    pixel longer than the window at both ends, because its outermost new pixels lack neighbours.
     """
     extent = whole * eighths / 8
     step, margin = extent / length, math.ceil(length / extent)
@@ -74,7 +75,7 @@ def _span(window: slice, whole: int, length: int, eighths: int) -> _Span:
 
 @dataclass(frozen=True)
 class Crop:
-    """A square of an image resized to `size`, perhaps mirrored, and padded at the bottom and right where the image ends."""
+    """A square of an image resized to `size`, flipped if `flip`, and padded at the bottom and right where the image ends."""
 
     size: Size
     top: int
@@ -84,16 +85,16 @@ class Crop:
 
     @property
     def window(self) -> Window:
-        """The rows and columns of the resized image that it shows."""
+        """Rows and columns of the resized image that the crop shows."""
         H, W = self.size
         return slice(self.top, min(self.top + self.side, H)), slice(self.left, min(self.left + self.side, W))
 
     def of_image(self, image_HW3: np.ndarray, whole: Size) -> np.ndarray:
-        """uint8 side x side x 3, padded with black; for the arguments see `resize_window`."""
+        """Return the crop of an image, uint8 side x side x 3, padded with black. See `resize_window` for the arguments."""
         return self.finish(resize_window(image_HW3, whole, self.size, self.window), 0)
 
     def finish(self, shown: np.ndarray, fill: int) -> np.ndarray:
-        """The crop, given what it shows of the resized image or seed, and the value that it is padded with."""
+        """Return the flipped and padded crop, given what it shows of the resized image or seed. fill: the padding value."""
         bottom, right = self.side - shown.shape[0], self.side - shown.shape[1]
         shown = cv2.flip(shown, 1) if self.flip else shown
         if not (bottom or right):
@@ -109,10 +110,10 @@ def augment(
     config: AugmentConfig,
     scale: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Random resize, crop, flip and pad -> image uint8 c x c x 3, seed uint8 c x c, photometric draw float32 [5].
+    """Resize, crop, flip and pad at random -> image uint8 c x c x 3, seed uint8 c x c, photometric draws float32 [5].
 
-    decode: gives the image, or a reduced version (see `resize_window`) of at least the H, W it is called with. classes: those
-    that the seed is likely to hold, which only makes it faster.
+    decode: returns the image, or a reduced version (see `resize_window`) of at least the H, W it is called with. classes: the
+    classes that the seed is likely to hold, which only saves time.
     """
     crop, seed_cc = draw_crop(seed_HW, classes, rng, config, scale)
     draws = draw_photometric(rng) if config.photometric else np.zeros(5, np.float32)
@@ -123,10 +124,10 @@ def augment(
 def draw_crop(
     seed_HW: np.ndarray, classes: Sequence[int], rng: np.random.Generator, config: AugmentConfig, scale: Sequence[int]
 ) -> tuple[Crop, np.ndarray]:
-    """A crop, drawn again up to ten times while one class covers too much of what is seeded in it, and its seed."""
+    """Return a random crop and its seed, uint8 c x c. It is drawn up to ten times while one class covers too much of its seeds."""
     size = scaled_size(seed_HW.shape[0], seed_HW.shape[1], scale, rng.uniform(config.ratio[0], config.ratio[1]))
     likely = (0, *classes) if seed_HW.max() < IGNORE else (IGNORE, 0, *classes)
-    # Of the resized seed only what is looked at is made: all columns at once, rows as they are needed, which are quickly copied.
+    # Only what is needed of the resized seed is computed: all columns at once, but rows, which are fast to copy, per crop.
     wide_HW = _resize_nearest(seed_HW, (seed_HW.shape[0], size[1]))
     shown_rows = _resize_nearest(np.arange(seed_HW.shape[0], dtype=np.float32)[:, None], (size[0], 1))[:, 0].astype(np.intp)
     for _ in range(10):
@@ -145,9 +146,9 @@ def _resize_nearest(seed_HW: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _one_class_covers(share: float, seed_HW: np.ndarray, likely: Sequence[int]) -> bool:
-    """Whether one class has `share` or more of the pixels that are not ignored.
+    """Return whether one class covers `share` or more of the pixels that are not ignored.
 
-    likely: values that are counted first, IGNORE before all; when these few counts tell, the others are not needed.
+    likely: values to count first, IGNORE before all others; if these few counts decide, the others are not needed.
     """
     seeded = others = seed_HW.size
     for value in likely:
@@ -163,7 +164,8 @@ def _one_class_covers(share: float, seed_HW: np.ndarray, likely: Sequence[int]) 
 
 
 def draw_photometric(rng: np.random.Generator) -> np.ndarray:
-    """Brightness shift, contrast, saturation (0 = leave as it is), hue shift (degrees of 360), contrast last (0 or 1)."""
+    """Return the draws, float32 [5]: brightness shift, contrast and saturation factors (0: unchanged), hue shift (degrees), and
+    whether contrast comes last (0 or 1)."""
     brightness, contrast, saturation, hue, *coins = rng.random(9).tolist()
     values = 64 * brightness - 32, contrast + 0.5, saturation + 0.5, 2 * (int(36 * hue) - 18), 1
     return np.array([value * (coin < 0.5) for value, coin in zip(values, coins, strict=True)], np.float32)

@@ -1,115 +1,130 @@
-"""Build a shard set from images, their labels and their CAMs or seeds.
+"""Build a shard set from images, their labels, and their CAMs or seeds.
 
-python shards/build.py coco --images train2014 --annotations instances_train2014.json --cams cams --out shards_train
-python shards/build.py voc --devkit VOCdevkit/VOC2012 --split trainaug --cams cams --out shards_trainaug
-python shards/build.py folder --images pictures --labels labels.csv --classes names.txt --cams cams --out shards_mine
+weakclip build coco --images train2014 --annotations instances_train2014.json --cams cams --out shards_train
+weakclip build voc --devkit VOCdevkit/VOC2012 --split trainaug --cams cams --out shards_trainaug
+weakclip build folder --images images --labels labels.csv --classes names.txt --cams cams --out shards_mine
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from weakclip import cli
-from weakclip.config import Config, ConfigError
-from weakclip.datasets.cam_files import CAM_KEYS
-from weakclip.datasets.coco import coco_items
-from weakclip.datasets.folder import folder_items
+from weakclip.config import CAM_KEYS, BuildConfig, Config, ConfigError
+from weakclip.data.index import select_numbers
+from weakclip.datasets import writing
 from weakclip.datasets.items import Item, labelled, load_item, version, with_cams
-from weakclip.datasets.voc import voc_items
 from weakclip.datasets.writing import Build
-from weakclip.labels import COCO, VOC, class_map, class_names
+from weakclip.labels import class_map, class_names
+from weakclip.registry import DATA_SETS, load
+from weakclip.runtime.command_line import Parser, run
+
+PATHS = ("images", "annotations", "devkit", "labels", "mask_dir", "cams")
+"""Fields of BuildConfig that are paths."""
+
+_log = logging.getLogger(__name__)
 
 
-def parse_args(
-    arguments: Sequence[str], parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser
-) -> argparse.Namespace:
-    parser = parser_class(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sources = parser.add_subparsers(dest="source", required=True)
-    coco = sources.add_parser("coco", help="COCO 2014 or 2017 in its usual layout")
-    coco.add_argument("--images", type=Path, required=True, help="directory of the split's images")
-    coco.add_argument("--annotations", type=Path, required=True, help="its instances_*.json, for the labels")
-    coco.add_argument("--masks", action="store_true", help="add ground-truth masks, for evaluation")
-    voc = sources.add_parser("voc", help="PASCAL VOC 2012 in the layout of its development kit")
-    voc.add_argument("--devkit", type=Path, required=True, help="the directory VOCdevkit/VOC2012")
-    voc.add_argument("--split", required=True, help="trainaug, train, val, test (in ImageSets/Segmentation), or a list of names")
-    voc.add_argument("--labels", type=Path, help="cls_labels.npy, {name: 20 zeros and ones}, for images without XML")
-    voc.add_argument("--masks", action="store_true", help="add the masks of SegmentationClass or SegmentationClassAug")
-    folder = sources.add_parser("folder", help="a folder of JPEG and PNG images")
-    folder.add_argument("--images", type=Path, required=True, help="the folder")
-    folder.add_argument("--labels", type=Path, help="CSV with the columns file,labels; labels are names parted by ';'")
-    folder.add_argument("--masks", type=Path, help="folder of KEY.png, for evaluation")
-    for source, names in ((coco, "coco"), (voc, "voc"), (folder, None)):
-        source.add_argument("--classes", default=names, required=names is None,
-                            help="class list of the new set: voc, coco or a file of names, background first")  # fmt: skip
-        source.add_argument("--cams", type=Path, help="directory of KEY.npy, KEY.npz (CAMs) or KEY.png (seeds)")
-        source.add_argument("--cam-keys", choices=CAM_KEYS if source is coco else CAM_KEYS[:2], default="foreground0",
-                            help="keys in the CAM files: foreground classes from 0, class indices, or COCO's ids")  # fmt: skip
-        source.add_argument("--out", type=Path, required=True, help="directory to make")
-        source.add_argument("--samples-per-shard", type=int, default=256, help="images in a shard")
-        source.add_argument("--processes", type=int, default=4, help="shards written at a time")
-        source.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    return parser.parse_args(arguments)
+def plan(build: BuildConfig, out: Path, classes: str) -> Build[Item]:
+    """Return the shard set to write. build: its `source` must be set. classes: class list of the new set, as `Config.classes`.
 
-
-def list_items(args: argparse.Namespace) -> tuple[list[Item], Sequence[str]]:
-    """The images of the source, and its own class list."""
-    if args.source == "coco":
-        return coco_items(args.images, args.annotations, args.masks), COCO
-    if args.source == "voc":
-        return voc_items(args.devkit, args.split, args.labels, args.masks), VOC
-    names = class_names(args.classes)
-    return folder_items(args.images, names, args.labels, args.masks), names
-
-
-def plan(args: argparse.Namespace) -> Build[Item]:
-    """The set that the options describe. Raises ShardError where they don't fit what is there."""
-    target = class_names(args.classes)
-    found, names = list_items(args)
-    to_target = class_map(names, target)
+    Raises UserError or OSError naming what is missing or inconsistent in the data set.
+    """
+    data_set = DATA_SETS[str(build.source)]
+    target = class_names(classes)
+    own = target if data_set.classes is None else class_names(data_set.classes)
+    found = load(data_set.items)(build, own)
+    to_target = class_map(own, target)
     items = labelled(found, to_target)
     if len(items) < len(found):
-        print(f"left out {len(found) - len(items)} of {len(found)} images: they have no label of the {len(target) - 1} classes")
-    if args.cams:
-        items = with_cams(items, args.cams)
-    load = partial(load_item, class_map=to_target, cam_keys=args.cam_keys)
-    return Build(items, load, args.out.resolve(), target, args.samples_per_shard, about(args), version)
+        unlabelled = len(found) - len(items)
+        _log.info("left out %d of %d images: they have no label of the %d classes", unlabelled, len(found), len(target) - 1)
+    if build.cams:
+        items = with_cams(items, Path(build.cams))
+    read = partial(load_item, class_map=to_target, cam_keys=build.cam_keys)
+    return Build(items, read, out.resolve(), target, build.samples_per_shard, provenance(build, classes), version)
 
 
-def about(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide the samples, for JSON."""
-    free = ("out", "processes")
-    return {
-        name: str(value.resolve()) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in free
-    }
+def plan_of(config: Config) -> Build[Item]:
+    """Return the shard set that `data.build` of a recipe describes. Raises ConfigError where it describes none."""
+    if config.data.build.source is None:
+        raise ConfigError("data.build.source is null; set it to what the shards are built from: coco, voc or folder")
+    return plan(config.data.build, Path(config.data.built), config.classes)
 
 
-class _Options(argparse.ArgumentParser):
-    """Options that stand in a recipe."""
+def written(config: Config) -> tuple[int, int]:
+    """Return the number of existing shards of the set in `data.build`, and of all its shards.
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"data.build: {message}; it holds the options of shards/build.py, such as [voc, --devkit, DIR, ...]")
+    Raises ConfigError when its directory holds something else.
+    """
+    planned = plan_of(config)
+    key = "data.train" if config.data.labelled is None else "data.labelled"
+    return writing.written(Path(config.data.built), planned.provenance, key, "data.build") or (0, planned.shards)
 
 
-def of_recipe(config: Config) -> argparse.Namespace:
-    """The options in `data.build`, for a set at `config.labelled`. Raises ConfigError where they are none."""
-    options = config.data.build
-    if taken := [option for option in options if option.split("=")[0] in ("--out", "--classes")]:
-        raise ConfigError(f"data.build: leave {taken[0]} out; the set becomes {config.labelled}, with the recipe's classes")
-    return parse_args([*options, f"--classes={config.classes}", f"--out={config.labelled}"], _Options)
+def run_part(config: Config, part: str | None) -> None:
+    """Run the stage `shards`: write those of the shards "A:B" that are missing."""
+    done, total = written(config)
+    if done < total:
+        planned = plan_of(config)
+        planned.run(config.data.build.processes, select_numbers(planned.shards, part, config.data.built))
+
+
+def provenance(build: BuildConfig, classes: str) -> dict[str, Any]:
+    """Return what decides the samples, for JSON.
+
+    The keys are part of the format of build.json, in which `masks` may be a path.
+    """
+    names = ("source", *DATA_SETS[str(build.source)].options, "cams", "cam_keys", "samples_per_shard")
+    values = {name: getattr(build, name) for name in names}
+    found = {name: str(Path(value).resolve()) if name in PATHS and value else value for name, value in values.items()}
+    if "mask_dir" in found:
+        found["masks"] = found.pop("mask_dir")
+    return {**found, "classes": classes}
+
+
+def parse_args(arguments: Sequence[str]) -> tuple[BuildConfig, Path, str]:
+    """Return what a command line asks to build, the directory, and the class list."""
+    parser = Parser(prog="weakclip build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sources = parser.add_subparsers(dest="source", required=True)
+    for source, data_set in DATA_SETS.items():
+        sub = sources.add_parser(source, help=data_set.description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for name, help_text in data_set.options.items():
+            _add_option(sub, name, help_text, required=name in data_set.required)
+        sub.add_argument("--classes", default=data_set.classes, required=data_set.classes is None,
+                         help="class list of the new set: voc, coco or a file of names, background first")  # fmt: skip
+        sub.add_argument("--cams", help="directory of KEY.npy, KEY.npz (CAMs) or KEY.png (seeds)")
+        sub.add_argument("--cam-keys", choices=CAM_KEYS if source == "coco" else CAM_KEYS[:2], default="foreground0",
+                         help="keys in the CAM files: foreground classes from 0, class indices, or COCO's ids")  # fmt: skip
+        sub.add_argument("--out", type=Path, required=True, help="directory to create")
+        sub.add_argument("--samples-per-shard", type=int, default=256, help="images per shard")
+        sub.add_argument("--processes", type=int, default=4, help="worker processes, each of which writes whole shards")
+    options = vars(parser.parse_args(arguments))
+    out, classes = options.pop("out"), options.pop("classes")
+    return BuildConfig(**options), out, classes
+
+
+def _add_option(parser: argparse.ArgumentParser, name: str, help_text: str, required: bool) -> None:
+    (kind,) = (item.type for item in fields(BuildConfig) if item.name == name)
+    option = "--masks" if name == "mask_dir" else f"--{name.replace('_', '-')}"
+    if kind == "bool":
+        parser.add_argument(option, action="store_true", help=help_text)
+    else:
+        parser.add_argument(option, dest=name, metavar="PATH", required=required, help=help_text)
 
 
 def main(arguments: Sequence[str]) -> None:
-    args = parse_args(arguments)
-    index = plan(args).run(args.processes)
+    build, out, classes = parse_args(arguments)
+    index = plan(build, out, classes).run(build.processes)
     assert index is not None  # this process wrote all that was missing
     size = sum(shard.bytes for shard in index.shards)
-    print(f"{args.out}: {len(index.entries)} samples in {len(index.shards)} shards, {size / 1e6:.1f} MB")
+    print(f"{out}: {len(index.entries)} samples in {len(index.shards)} shards, {size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])
+    run(main)

@@ -19,19 +19,16 @@ from weakclip.data.index import ShardError
 from weakclip.data.sample import Cam
 from weakclip.labels import COCO_ID_TO_CLASS
 
-CAM_KEYS = ("foreground0", "class", "coco")
-"""What the keys in a CAM file mean: foreground classes from 0, class indices (0: background), or COCO category ids."""
-
-_STACKS = ("attn_highres", "highres", "high_res", "cam")  # names of the [n, h, w] array beside "keys", the best first
+_STACKS = ("attn_highres", "highres", "high_res", "cam")  # names of the [n, h, w] array beside "keys", in order of preference
 
 
 def read_cam(file: Path, size_HW: tuple[int, int], labels: Sequence[int], cam_keys: str = "foreground0") -> Cam:
-    """The activation maps in a .npy or .npz file, for an image of size (H, W) with these class indices.
+    """Return the activation maps in a .npy or .npz file, for an image of size (H, W) with these class indices.
 
     The file holds {key: map [h, w]}, or {"keys": [n], NAME: maps [n, h, w]} with NAME "attn_highres", "highres",
-    "high_res" or "cam"; `cam_keys` (one of CAM_KEYS) says what the keys mean. Maps are float, or uint8 with 255 = 1.0,
-    and cover the whole image. Negative values become 0; a map whose maximum is above 1 is divided by it; maps smaller
-    than a quarter of the image's sides are enlarged to a quarter.
+    "high_res" or "cam"; `cam_keys` (one of weakclip.config.CAM_KEYS) says what the keys mean. Maps are float, or uint8 with
+    255 = 1.0, and cover the whole image. Negative values become 0; a map whose maximum is above 1 is divided by it; maps
+    smaller than a quarter of the image's sides are enlarged to a quarter.
     Raises ShardError naming the file when it is anything else, and when it has a map of a class not in `labels`.
     """
     maps: dict[int, Any] = {}
@@ -49,14 +46,14 @@ def read_cam(file: Path, size_HW: tuple[int, int], labels: Sequence[int], cam_ke
 
 
 def quarter(size: tuple[int, int]) -> tuple[int, int]:
-    """Sides of a CAM of an image of this size, H, W: the least that a shard may have."""
+    """Return the sides (h, w) of a CAM for an image of this size (H, W): the smallest that a shard may have."""
     return -(-size[0] // 4), -(-size[1] // 4)
 
 
 def pack_cam(maps: Mapping[int, Any], size_HW: tuple[int, int], where: str) -> Cam:
-    """The maps [h, w] by class index as they are stored, for an image of size (H, W). What becomes of them: see `read_cam`.
+    """Return the maps [h, w] by class index as they are stored, for an image of size (H, W). See `read_cam` for the conversion.
 
-    Raises ShardError naming `where` when there are none, or they are no maps of one size.
+    Raises ShardError naming `where` when there are none, or when they are not maps of one size.
     """
     packed = {index: _quantise(map_hw, size_HW, f"{where}: map of class {index}") for index, map_hw in maps.items()}
     if len({map_hw.shape for map_hw in packed.values()}) != 1:
@@ -77,7 +74,7 @@ def _class_index(key: Any, cam_keys: str, file: Path) -> int:
 
 
 def _keyed_maps(raw: dict[Any, Any], file: Path) -> list[tuple[Any, Any]]:
-    """(key, map) pairs from either of the two layouts."""
+    """Return the (key, map) pairs from either of the two layouts."""
     if "keys" not in raw:
         return list(raw.items())
     name = next((name for name in _STACKS if name in raw), None)
@@ -92,7 +89,7 @@ def _keyed_maps(raw: dict[Any, Any], file: Path) -> list[tuple[Any, Any]]:
 
 
 def _quantise(map_hw: Any, size_HW: tuple[int, int], where: str) -> np.ndarray:
-    """uint8 map, 255 = 1.0, at a quarter of the image's sides or more."""
+    """Return the map as uint8 h x w, 255 = 1.0, at a quarter of the image's sides or more."""
     if not isinstance(map_hw, np.ndarray) or map_hw.ndim != 2 or not map_hw.size:
         raise ShardError(f"{where}: is not an array [h, w]")
     if map_hw.dtype == np.uint8:
@@ -113,7 +110,7 @@ def _quantise(map_hw: Any, size_HW: tuple[int, int], where: str) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------- files of arrays
 
-# The functions numpy's own pickles call, under the names of numpy 1 and of numpy 2.
+# The functions that numpy's own pickles call, under their names in numpy 1 and numpy 2.
 _RECONSTRUCT, _SCALAR = np.empty(0).__reduce__()[0], np.float32(0).__reduce__()[0]
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): np.dtype,
@@ -136,7 +133,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_dict(file: Path) -> dict[Any, Any]:
-    """The dict in a .npy file (pickled, as np.save writes it), or the named arrays of a .npz file.
+    """Return the dict in a .npy file (pickled, as np.save writes it), or the named arrays of a .npz file.
 
     Raises ShardError naming the file when it is damaged, holds no dict, or holds anything but numpy arrays, numbers, text and
     containers.
@@ -154,7 +151,7 @@ def read_dict(file: Path) -> dict[Any, Any]:
     except Exception as error:  # a reader of damaged or hostile bytes may raise anything
         raise ShardError(f"{file}: cannot be read ({type(error).__name__}: {error})") from None
     if not isinstance(value, dict):
-        raise ShardError(f"{file}: holds no dict, so nothing says what its arrays are of")
+        raise ShardError(f"{file}: holds no dict, so the classes of its arrays are unknown; save a dict of maps by class")
     return value
 
 

@@ -8,20 +8,27 @@ from __future__ import annotations
 import json
 import operator
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from weakclip.config import BuildConfig
+from weakclip.data.codecs import encode_mask_png
 from weakclip.data.index import ShardError
-from weakclip.datasets.items import Item, check_files, mask_png
+from weakclip.datasets.items import Item, check_files
 from weakclip.labels import COCO_ID_TO_CLASS
 
 
+def items(build: BuildConfig, names: Sequence[str]) -> list[Item]:
+    """List the images that `build` describes; `names` is the class list of its labels."""
+    return coco_items(Path(str(build.images)), Path(str(build.annotations)), build.masks)
+
+
 def coco_items(images: Path, annotations: Path, with_masks: bool = False) -> list[Item]:
-    """Every image of a COCO instances file, ordered by id; its classes are those annotated in it, crowds included.
+    """List every image of a COCO instances file, ordered by id; its classes are those annotated in it, crowds included.
 
     Raises ShardError when the annotations are not COCO's, and when the files in `images` are not those they list.
     """
@@ -41,7 +48,7 @@ _IMAGE = {"id": int, "file_name": str, "height": int, "width": int}
 
 
 def _read_instances(file: Path) -> tuple[list[dict[str, Any]], dict[int, list[tuple[int, Any]]]]:
-    """The images of an instances file, and by image id its (class index, segmentation) pairs."""
+    """Return the images of an instances file, and their (class index, segmentation) pairs by image id."""
     segments = defaultdict(list)
     try:
         raw = json.loads(file.read_bytes())
@@ -50,7 +57,7 @@ def _read_instances(file: Path) -> tuple[list[dict[str, Any]], dict[int, list[tu
             raise TypeError(f"image {wrong[0]}")
         for annotation in raw["annotations"]:
             if (category := annotation["category_id"]) not in COCO_ID_TO_CLASS:
-                raise ShardError(f"{file}: category_id {category!r} is not one of COCO's 80 things")
+                raise ShardError(f"{file}: category_id {category!r} is not one of COCO's 80 thing classes")
             segments[annotation["image_id"]].append((COCO_ID_TO_CLASS[category], annotation["segmentation"]))
         ids = {image["id"] for image in images}
     except ShardError:
@@ -60,7 +67,7 @@ def _read_instances(file: Path) -> tuple[list[dict[str, Any]], dict[int, list[tu
     if len(ids) < len(images):
         raise ShardError(f"{file}: two images have the same id")
     if strangers := segments.keys() - ids:
-        raise ShardError(f"{file}: annotations of image {min(strangers, key=str)}, which it does not list under 'images'")
+        raise ShardError(f"{file}: annotations of image {min(strangers, key=str)}, which is not listed under 'images'")
     return images, segments
 
 
@@ -76,15 +83,15 @@ class Instances:
     segments: tuple[tuple[int, Any], ...]
 
     def read_bytes(self) -> bytes:
-        """PNG of class indices. Raises ShardError naming the key when a segmentation cannot be drawn."""
-        return mask_png(_rasterise(self.segments, *self.size_HW, self.key))
+        """Return a PNG of class indices. Raises ShardError naming the key when a segmentation cannot be drawn."""
+        return encode_mask_png(_rasterise(self.segments, *self.size_HW, self.key))
 
 
 def _rasterise(segments: Iterable[tuple[int, Any]], height: int, width: int, key: str) -> np.ndarray:
-    """Class mask, uint8 H x W. Where instances overlap the one with the fewest pixels wins."""
+    """Return the class mask, uint8 H x W. Where instances overlap, the one with the fewest pixels wins."""
     try:
         masks = [(_segment_mask(segmentation, height, width), index) for index, segmentation in segments]
-    except Exception as error:  # the file may hold anything in their place
+    except Exception as error:  # the file may hold anything in place of a segmentation
         raise ShardError(f"{key}: a segmentation is neither polygons nor RLE with list counts ({error})") from None
     mask_HW = np.zeros((height, width), np.uint8)
     for inside_HW, index in sorted(masks, key=lambda pair: -int(pair[0].sum())):
@@ -93,10 +100,10 @@ def _rasterise(segments: Iterable[tuple[int, Any]], height: int, width: int, key
 
 
 def _segment_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """bool H x W of one COCO segmentation: a list of polygons [x, y, x, y, ...] or {"counts": run lengths}."""
+    """Return bool H x W of one COCO segmentation: a list of polygons [x, y, x, y, ...] or {"counts": run lengths}."""
     if isinstance(segmentation, dict):
         runs = np.array(segmentation["counts"], np.int64)  # raises ValueError for the compressed form, a string
-        if runs.sum() != height * width:  # looked at first: it may claim gigabytes
+        if runs.sum() != height * width:  # checked first, since it may claim gigabytes
             raise ValueError(f"{runs.sum()} pixels of {height * width}")
         values = np.arange(len(runs)) % 2 == 1
         return np.repeat(values, runs).reshape(width, height).T  # runs go down the columns
@@ -107,12 +114,12 @@ def _segment_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def _polygon_mask(points_n2: np.ndarray, height: int, width: int) -> np.ndarray:
-    """bool H x W: the pixels whose centre lies inside the polygon, by the even-odd rule."""
+    """Return bool H x W: the pixels whose centre lies inside the polygon, by the even-odd rule."""
     if not np.isfinite(points_n2).all():
         raise ValueError("a corner is not finite")
     x0, y0 = points_n2.T
     x1, y1 = np.roll(points_n2, -1, axis=0).T
-    # Rows whose centre line an edge crosses are top .. bottom - 1.
+    # An edge crosses the centre lines of rows top .. bottom - 1.
     top = np.clip(np.ceil(np.minimum(y0, y1) - 0.5), 0, height).astype(int)
     bottom = np.clip(np.ceil(np.maximum(y0, y1) - 0.5), 0, height).astype(int)
     count = bottom - top

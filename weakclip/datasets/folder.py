@@ -1,4 +1,4 @@
-"""A plain folder of images, with a CSV of their labels and a folder of masks where there are any."""
+"""A plain folder of images, with an optional CSV of their labels and an optional folder of masks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from weakclip.config import BuildConfig
 from weakclip.data.index import ShardError
 from weakclip.datasets.items import Item, check_files, image_names
 from weakclip.labels import find_class
@@ -14,12 +15,19 @@ from weakclip.labels import find_class
 COLUMNS = ["file", "labels"]
 
 
-def folder_items(images: Path, names: Sequence[str], labels: Path | None = None, masks: Path | None = None) -> list[Item]:
-    """The JPEG and PNG files in `images` by name; `names` is the class list.
+def items(build: BuildConfig, names: Sequence[str]) -> list[Item]:
+    """List the images that `build` describes; `names` is the class list of its labels."""
+    return folder_items(
+        Path(str(build.images)), names, *(Path(path) if path else None for path in (build.labels, build.mask_dir))
+    )
 
-    labels: a CSV that has every image in a column `file` and its class names, parted by ";", in a column `labels`; the rows of
-    an image add up. None: the images have no labels. masks: a folder of KEY.png, 8-bit class indices.
-    Raises ShardError or OSError naming the file, and the line, that is at fault.
+
+def folder_items(images: Path, names: Sequence[str], labels: Path | None = None, masks: Path | None = None) -> list[Item]:
+    """List the JPEG and PNG files in `images`, sorted by name; `names` is the class list.
+
+    labels: a CSV that has every image in a column `file` and its class names, separated by ";", in a column `labels`; the rows
+    of an image add up. None: the images have no labels. masks: a folder of KEY.png, 8-bit class indices.
+    Raises ShardError or OSError naming the file and line at fault.
     """
     classes = _read_labels(labels, names) if labels else {}
     if labels:
@@ -35,7 +43,7 @@ def folder_items(images: Path, names: Sequence[str], labels: Path | None = None,
 
 
 def _read_labels(file: Path, names: Sequence[str]) -> dict[str, set[int]]:
-    """Class indices by file name."""
+    """Return the class indices by file name."""
     found: dict[str, set[int]] = {}
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
@@ -46,7 +54,7 @@ def _read_labels(file: Path, names: Sequence[str]) -> dict[str, set[int]]:
             for row in reader:
                 where = f"{file}: line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise ShardError(f"{where}: has not one field a column; part labels by ';', as in beach.jpg,person;boat")
+                    raise ShardError(f"{where}: must have one field per column; separate labels by ';': beach.jpg,person;boat")
                 indices = found.setdefault(row["file"].strip(), set())
                 indices |= {_class_index(label, names, where) for label in row["labels"].split(";") if label.strip()}
     except (csv.Error, UnicodeDecodeError) as error:
@@ -57,7 +65,7 @@ def _read_labels(file: Path, names: Sequence[str]) -> dict[str, set[int]]:
 def _class_index(label: str, names: Sequence[str], where: str) -> int:
     label = label.strip()
     index = find_class(label, names)
-    if not index:  # nobody labels an image with its background
+    if not index:  # background (0) is not a label either
         near = difflib.get_close_matches(label, names[1:], n=1, cutoff=0.0)[0]
-        raise ShardError(f"{where}: {label!r:.40} is none of the {len(names) - 1} classes; the nearest is {near!r}")
+        raise ShardError(f"{where}: {label!r:.40} is not one of the {len(names) - 1} classes; the closest is {near!r}")
     return index

@@ -1,4 +1,4 @@
-"""Data sets as lists of items, and how an item becomes a sample: what coco.py, voc.py and folder.py share.
+"""Data sets as lists of items, and reading an item into a sample: shared by coco.py, voc.py and folder.py.
 
 Shapes: H W image pixels, n maps of one image.
 """
@@ -15,27 +15,28 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from weakclip.data.codecs import encode_mask_png
 from weakclip.data.index import ShardError
 from weakclip.data.sample import Cam, Sample, decode_mask
 from weakclip.datasets.cam_files import read_cam
-from weakclip.labels import IGNORE, palette
+from weakclip.labels import IGNORE
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Readable(Protocol):
-    """A file, or what makes its bytes."""
+    """A file, or an object that produces the bytes of one."""
 
     def read_bytes(self) -> bytes: ...
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a data set and where its parts lie.
+    """One image of a data set and the files of its parts.
 
     classes: indices in the data set's own class list; None where there are no labels, as for test images. mask: an 8-bit PNG of
-    such indices. size_HW: (H, W) that the annotations are for; None: they don't say.
+    such indices. size_HW: the (H, W) that the annotations are for, None if they do not give it.
     """
 
     key: str
@@ -51,17 +52,17 @@ class Item:
 
 
 def image_names(directory: Path) -> set[str]:
-    """Names of the JPEG and PNG files in a directory, which are known by their suffix."""
+    """Return the names of the JPEG and PNG files in a directory, recognised by their suffix."""
     return {path.name for path in directory.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
 
 
 def check_files(directory: Path, names: Collection[str], listing: Path) -> None:
-    """Raise ShardError unless the images in `directory` are exactly `names`, those that the file `listing` has."""
+    """Raise ShardError unless the images in `directory` are exactly `names`, as the file `listing` lists them."""
     present, listed = image_names(directory), set(names)
     if missing := listed - present:
         raise ShardError(f"{directory / min(missing)}: no such JPEG or PNG image{_more(missing)}, but {listing} lists it")
     if unlisted := present - listed:
-        raise ShardError(f"{directory / min(unlisted)}: {listing} has nothing about this image{_more(unlisted)}")
+        raise ShardError(f"{directory / min(unlisted)}: {listing} does not list this image{_more(unlisted)}")
 
 
 def _more(names: Collection[str]) -> str:
@@ -69,9 +70,9 @@ def _more(names: Collection[str]) -> str:
 
 
 def labelled(items: Sequence[Item], class_map: Sequence[int]) -> list[Item]:
-    """The items that keep a label in the class list that `class_map` leads to, and those that have no labels by nature.
+    """Return the items that keep a label after `class_map`, and those of unlabelled sets (classes: None).
 
-    Raises ShardError when two items have the same key, which is their image's name up to the suffix.
+    Raises ShardError when two items have the same key, which is the image's file name without its suffix.
     """
     counts = Counter(item.key for item in items)
     if twice := next((item for item in items if counts[item.key] > 1), None):
@@ -80,7 +81,7 @@ def labelled(items: Sequence[Item], class_map: Sequence[int]) -> list[Item]:
 
 
 def with_cams(items: Sequence[Item], directory: Path) -> list[Item]:
-    """The items with their KEY.npy or KEY.npz (maps) and KEY.png (a seed mask) in `directory`; each has one or the other.
+    """Return the items with their KEY.npy or KEY.npz (maps) and KEY.png (a seed mask) in `directory`; each has at least one.
 
     Raises ShardError where there is neither, where there are two files of maps, and for an image without labels.
     """
@@ -90,18 +91,18 @@ def with_cams(items: Sequence[Item], directory: Path) -> list[Item]:
 
 def _with_cam(item: Item, directory: Path, names: set[str]) -> Item:
     if item.classes is None:
-        raise ShardError(f"{item.image}: has no labels, which its CAM needs; leave --cams out")
+        raise ShardError(f"{item.image}: has no labels, but a CAM needs them; leave --cams out")
     maps = [directory / f"{item.key}{suffix}" for suffix in (".npy", ".npz") if f"{item.key}{suffix}" in names]
     seed = directory / f"{item.key}.png" if f"{item.key}.png" in names else None
     if len(maps) > 1:
-        raise ShardError(f"{maps[0]}: there is {maps[1].name} too; keep one of them")
+        raise ShardError(f"{maps[0]}: {maps[1].name} exists too; keep one of them")
     if not maps and not seed:
         raise ShardError(f"{directory / item.key}.npy: no such file, nor .npz or .png; make the CAM of this image first")
     return replace(item, cam=maps[0] if maps else None, seed=seed)
 
 
 def version(item: Item) -> str:
-    """Tells an item from what it was before one of its files changed. Raises OSError naming a file that is missing."""
+    """Return a string that changes when one of the item's files does. Raises OSError naming a file that is missing."""
     files = [path.stat() for path in (item.image, item.cam, item.seed, item.mask) if isinstance(path, Path)]
     return repr((item, [(file.st_size, file.st_mtime_ns) for file in files]))
 
@@ -110,14 +111,14 @@ def version(item: Item) -> str:
 
 
 def load_item(item: Item, class_map: Sequence[int], cam_keys: str = "foreground0") -> Sample:
-    """Read the files of one item and turn its classes by `class_map` (labels.class_map) into those of the set to build.
+    """Read the files of one item and map its classes by `class_map` (labels.class_map) to those of the set to build.
 
-    Raises ShardError or OSError naming the file that is at fault.
+    Raises ShardError or OSError naming the file at fault.
     """
     data = item.image.read_bytes()
     size_HW, classes = _image_size(data, item.image), item.classes or ()
     if item.size_HW not in (None, size_HW):
-        raise ShardError(f"{item.image}: its size is {size_HW}, its annotations are for {item.size_HW}")
+        raise ShardError(f"{item.image}: its size (H, W) is {size_HW}, but its annotations are for {item.size_HW}")
     sample = Sample(
         key=item.key,
         image=data,
@@ -134,7 +135,7 @@ def load_item(item: Item, class_map: Sequence[int], cam_keys: str = "foreground0
 
 
 def _image_size(data: bytes, file: Path) -> tuple[int, int]:
-    """(H, W) by the header; the rest is decoded when the sample is checked as a whole."""
+    """Return (H, W) from the header; the rest is decoded when the whole sample is checked."""
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG", "PNG"]) as image:
             return image.height, image.width
@@ -143,13 +144,13 @@ def _image_size(data: bytes, file: Path) -> tuple[int, int]:
 
 
 def _translated(sample: Sample, class_map: Sequence[int]) -> Sample:
-    """The sample in another class list: class c becomes class_map[c], 0 leaves labels and CAMs and is background in masks."""
+    """Map a sample to another class list: c becomes class_map[c]; 0 is dropped from labels and CAMs, but kept in masks."""
     lut = np.full(256, IGNORE, np.uint8)
     lut[: len(class_map)] = class_map
 
     def translated(data: bytes | None, what: str) -> bytes | None:
         mask_HW = decode_mask(data, what, (sample.height, sample.width), len(class_map))
-        return None if mask_HW is None else mask_png(lut[mask_HW])
+        return None if mask_HW is None else encode_mask_png(lut[mask_HW])
 
     cam = sample.cam
     if cam:
@@ -161,12 +162,3 @@ def _translated(sample: Sample, class_map: Sequence[int]) -> Sample:
     except ShardError as error:
         raise ShardError(f"{sample.source}: {sample.key}: {error}") from None
     return replace(sample, classes=classes, cam=cam, seed=seed, mask=mask)
-
-
-def mask_png(mask_HW: np.ndarray) -> bytes:
-    """A mask of class indices, uint8 H x W, as an 8-bit palette PNG."""
-    picture = Image.fromarray(mask_HW)
-    picture.putpalette(palette())
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -1,6 +1,6 @@
-"""Count what a shard set holds: sizes, images of each class, and what CAMs and seeds cover at the default thresholds.
+"""Count what a shard set holds: sizes, images of each class, and the pixels that the seeds of a recipe cover.
 
-python shards/stats.py shards_train --json stats.json
+weakclip stats shards_train --config configs/voc.yaml --json stats.json
 """
 
 from __future__ import annotations
@@ -8,22 +8,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from weakclip import cli
 from weakclip.config import SeedConfig
 from weakclip.data.index import Index, ShardError
 from weakclip.data.reading import load
+from weakclip.datasets.show import add_seed_options
 from weakclip.labels import IGNORE
 from weakclip.masks.seeds import seed_mask
 from weakclip.runtime.atomic import write_whole
+from weakclip.runtime.command_line import Parser, run
 from weakclip.runtime.tables import Table
 from weakclip.runtime.workers import map_in_processes
 
@@ -31,53 +32,53 @@ PARTS = ("labels", "CAM", "seed", "mask")
 LEVELS = {"smallest": 0, "10 %": 10, "median": 50, "90 %": 90, "largest": 100}
 
 
-class Counts(NamedTuple):
-    """What is counted in one shard. N images, M labels of images, S images that have a CAM or a seed."""
+class ShardStats(NamedTuple):
+    """Counts of one shard. N images, M labels of images, S images that have a CAM or a seed."""
 
     sizes_N2: np.ndarray
-    """Height and width, pixels."""
+    """Height and width in pixels."""
     parts_N4: np.ndarray
     """Which of PARTS an image has."""
     classes_M: np.ndarray
     """Class index of each label."""
     maps_M: np.ndarray
-    """Whether the image's CAM has a map of it."""
+    """Whether the image's CAM has a map of the label."""
     covered_M: np.ndarray
-    """Share of the image's pixels that the seed gives it; NaN where there is neither CAM nor seed."""
+    """Share of the image's pixels that the seed assigns to the label; NaN where there is neither CAM nor seed."""
     seeds_S2: np.ndarray
-    """Share of an image's pixels that its seed makes background, and that it ignores."""
+    """Shares of an image's pixels that its seed assigns to the background, and that it ignores."""
 
 
-def count(index: Index) -> Counts:
-    """What the samples of `index` hold; the seed is the one that training would use."""
-    sizes, parts, labels, seeds = [], [], [], []
+def count(index: Index, seeds: SeedConfig) -> ShardStats:
+    """Count what the samples of `index` hold; the seed is the one that training with `seeds` uses."""
+    sizes, parts, labels, covered = [], [], [], []
     for entry in index.entries:
         sample = load(index, entry)
         sizes.append(sample.image.shape[:2])
         parts.append((bool(sample.classes), sample.cam is not None, sample.seed is not None, sample.mask is not None))
         shares = np.full(256, np.nan)
         if sample.cam is not None or sample.seed is not None:
-            seed_HW = seed_mask(sample, SeedConfig())
+            seed_HW = seed_mask(sample, seeds)
             shares = np.bincount(seed_HW.ravel(), minlength=256) / seed_HW.size
-            seeds.append((shares[0], shares[IGNORE]))
+            covered.append((shares[0], shares[IGNORE]))
         mapped = sample.cam.classes if sample.cam else ()
         labels += [(number, number in mapped, shares[number]) for number in sample.classes]
     classes_M, maps_M, covered_M = np.array(labels, float).reshape(-1, 3).T
-    parts_N4, seeds_S2 = np.array(parts, bool).reshape(-1, 4), np.array(seeds, float).reshape(-1, 2)
-    return Counts(np.array(sizes, int).reshape(-1, 2), parts_N4, classes_M.astype(int), maps_M, covered_M, seeds_S2)
+    parts_N4, seeds_S2 = np.array(parts, bool).reshape(-1, 4), np.array(covered, float).reshape(-1, 2)
+    return ShardStats(np.array(sizes, int).reshape(-1, 2), parts_N4, classes_M.astype(int), maps_M, covered_M, seeds_S2)
 
 
-def stats(index: Index, processes: int) -> dict[str, Any]:
-    """All figures of a set; shares lie in 0..1, and None stands where nothing was there to count."""
+def stats(index: Index, processes: int, seeds: SeedConfig) -> dict[str, Any]:
+    """Return all figures of a set; shares are in 0..1, and None where there was nothing to count."""
     found = []
-    alone = [replace(index, shards=(shard,)) for shard in index.shards]  # a process needs no more of the index
+    alone = [replace(index, shards=(shard,)) for shard in index.shards]  # all that a worker process needs of the index
     with tqdm(total=len(index.entries), unit=" images", desc="stats") as bar:
-        for counts in map_in_processes(count, processes, alone):
+        for counts in map_in_processes(partial(count, seeds=seeds), processes, alone):
             found.append(counts)
             bar.update(len(counts.sizes_N2))
     if not index.entries:
         raise ShardError(f"{index.storage}: holds no sample")
-    whole = Counts(*map(np.concatenate, zip(*found, strict=True)))
+    whole = ShardStats(*map(np.concatenate, zip(*found, strict=True)))
     background, ignored = map(_mean, whole.seeds_S2.T)
     return {
         "set": str(index.storage),
@@ -89,15 +90,18 @@ def stats(index: Index, processes: int) -> dict[str, Any]:
         "height": _spread(whole.sizes_N2[:, 0]),
         "width": _spread(whole.sizes_N2[:, 1]),
         "having": dict(zip(PARTS, whole.parts_N4.sum(0).tolist(), strict=True)),
-        "thresholds": {"background": SeedConfig().background, "foreground": SeedConfig().foreground},
+        "thresholds": {"background": seeds.background, "foreground": seeds.foreground, "crf": seeds.crf is not None},
         "seeds": {"background": background, "ignored": ignored},
         "classes": [_class_stats(whole, number, name) for number, name in enumerate(index.classes) if number],
     }
 
 
-def _class_stats(counts: Counts, number: int, name: str) -> dict[str, Any]:
-    """Of one class: images labelled with it, their share of all, those with a map of it, mean share of pixels its seeds
-    cover in images that have a CAM or a seed, and how many of these have not one such pixel."""
+def _class_stats(counts: ShardStats, number: int, name: str) -> dict[str, Any]:
+    """Return the figures of one class.
+
+    They are the images labelled with it, their share of all images, those with a map of it, the mean share of pixels that its
+    seeds cover in images that have a CAM or a seed, and the number of these images without such a pixel.
+    """
     of_class = counts.classes_M == number
     covered = counts.covered_M[of_class & ~np.isnan(counts.covered_M)]
     images = int(of_class.sum())
@@ -120,7 +124,7 @@ def _spread(values: Sequence[int] | np.ndarray) -> dict[str, float]:
 
 
 def tables(found: dict[str, Any]) -> list[Table]:
-    """The figures as tables for people."""
+    """Return the figures as tables to print."""
 
     def percent(share: float | None) -> float | None:
         return None if share is None else 100 * share
@@ -135,25 +139,27 @@ def tables(found: dict[str, Any]) -> list[Table]:
     ]
     pixels = [[name, percent(share)] for name, share in found["seeds"].items()]
     at = "seeds at CAM thresholds {background} and {foreground}".format(**found["thresholds"])
+    at += ", with a CRF" if found["thresholds"]["crf"] else ""
     return [
         Table(title, ["", *LEVELS], spreads),
         Table("what images have", ["", "images", "%"], having),
-        Table(f"{at}, pixels of a mean image", ["", "%"], pixels),
+        Table(f"{at}, mean share of an image's pixels", ["", "%"], pixels),
         Table(f"{at}, by class", ["", "images", "%", "with a map", "pixels %", "without a pixel"], classes),
     ]
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", help="the shard set, with index.json in it")
-    parser.add_argument("--json", type=Path, help="file to write the figures to, as well")
+    parser = Parser(prog="weakclip stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", help="the shard set, a directory with an index.json")
+    seeds_of = add_seed_options(parser)
+    parser.add_argument("--json", type=Path, help="file to write the figures to as well")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="shards read at a time")
     options = parser.parse_args(arguments)
-    found = stats(Index.load(options.directory), options.processes)
+    found = stats(Index.load(options.directory), options.processes, seeds_of(options))
     print("\n\n".join(map(str, tables(found))))
     if options.json:
         write_whole(options.json, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])
+    run(main)

@@ -1,11 +1,12 @@
 """Check a shard set: each shard's SHA-256, its members against the index, and that every sample decodes.
 
-python shards/verify.py shards_train
+weakclip verify shards_train
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tarfile
@@ -14,18 +15,20 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from weakclip import cli
 from weakclip.data.index import Index, ShardError, sha256
 from weakclip.data.reading import read_entry
 from weakclip.data.sample import decode_sample
+from weakclip.runtime.command_line import Parser, run
 from weakclip.runtime.workers import map_in_processes
+
+_log = logging.getLogger(__name__)
 
 
 def verify_shard(index: Index) -> list[str]:
-    """What is wrong with the shard of a set of one, a line each."""
+    """Return the problems of the only shard in `index`, one line each."""
     (shard,), problems, members = index.shards, [], []
     if (digest := sha256(index.root / shard.name)) != shard.sha256:
-        problems.append(f"{shard.name}: SHA-256 is {digest}, the index has {shard.sha256}; copy or build it again")
+        problems.append(f"{shard.name}: SHA-256 is {digest}, but the index has {shard.sha256}; copy or build it again")
     for entry in shard.samples:
         try:
             parts = read_entry(index, entry)
@@ -43,10 +46,10 @@ def verify_shard(index: Index) -> list[str]:
 
 
 def verify(index: Index, processes: int) -> list[str]:
-    """What is wrong with a shard set, a line each."""
+    """Return the problems of a shard set, one line each."""
     strangers = {path.name for path in index.root.glob("*.tar")} - {shard.name for shard in index.shards}
     problems = [f"{name}: not in the index; remove it" for name in sorted(strangers)]
-    alone = [replace(index, shards=(shard,)) for shard in index.shards]  # a process needs no more of the index
+    alone = [replace(index, shards=(shard,)) for shard in index.shards]  # all that a worker process needs of the index
     with tqdm(total=len(index.entries), unit=" images", desc="verify") as bar:
         for shard, found in zip(index.shards, map_in_processes(verify_shard, processes, alone), strict=True):
             problems += found
@@ -55,18 +58,18 @@ def verify(index: Index, processes: int) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", help="the shard set, with index.json in it")
+    parser = Parser(prog="weakclip verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", help="the shard set, a directory with an index.json")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="shards checked at a time")
     options = parser.parse_args(arguments)
     index = Index.load(options.directory)
     problems = verify(index, options.processes)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        _log.error("%s", problem)
     print(f"{options.directory}: {len(index.shards)} shards, {len(index.entries)} samples, {len(problems)} problems")
     if problems:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])
+    run(main)

@@ -1,7 +1,8 @@
-"""PASCAL VOC 2012 in the layout of its development kit, with the lists and masks that segmentation papers add to it."""
+"""PASCAL VOC 2012 in the layout of its development kit, with the lists and masks that segmentation papers add."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,23 +10,29 @@ from xml.etree import ElementTree
 import numpy as np
 from tqdm import tqdm
 
+from weakclip.config import BuildConfig
 from weakclip.data.index import ShardError
 from weakclip.datasets.cam_files import read_dict
 from weakclip.datasets.items import Item
 from weakclip.labels import VOC
 
 MASKS = ("SegmentationClass", "SegmentationClassAug")
-"""Where the masks are: VOC's own, then those that trainaug has from SBD."""
+"""Folders of masks: VOC's own, then those that trainaug takes from SBD."""
+
+
+def items(build: BuildConfig, names: Sequence[str]) -> list[Item]:
+    """List the images that `build` describes; `names` is the class list of its labels."""
+    return voc_items(Path(str(build.devkit)), str(build.split), Path(build.labels) if build.labels else None, build.masks)
 
 
 def voc_items(devkit: Path, split: str, labels: Path | None = None, with_masks: bool = False) -> list[Item]:
-    """The images of a split, in its order. Its classes are those of all objects in the image's XML, difficult ones included.
+    """List the images of a split, in its order. Their classes are those of all objects in the XML, difficult ones included.
 
-    split: a list in `devkit`/ImageSets/Segmentation, such as trainaug, or a file like them; test images have no labels.
-    labels: a cls_labels.npy, for images that have no XML. Raises ShardError or OSError naming the file that is at fault.
+    split: a list in `devkit`/ImageSets/Segmentation, such as trainaug, or another list file; test images have no labels.
+    labels: a cls_labels.npy, for images that have no XML. Raises ShardError or OSError naming the file at fault.
     """
     if not (devkit / "JPEGImages").is_dir():
-        raise ShardError(f"{devkit}: has no JPEGImages; --devkit is the directory VOCdevkit/VOC2012")
+        raise ShardError(f"{devkit}: has no JPEGImages; --devkit must be the directory VOCdevkit/VOC2012")
     if split == "test" and labels:
         raise ShardError(f"{labels}: VOC's test images have no labels; leave --labels out")
     multi_hot = _read_labels(labels) if labels else {}
@@ -41,11 +48,11 @@ def voc_items(devkit: Path, split: str, labels: Path | None = None, with_masks: 
 
 
 def _read_split(devkit: Path, split: str) -> list[str]:
-    """The names in a list: the first word of each line, which some repositories write as /JPEGImages/NAME.jpg."""
+    """Read the names in a list: the first word of each line, which some repositories write as /JPEGImages/NAME.jpg."""
     own = devkit / "ImageSets" / "Segmentation" / f"{split}.txt"
     file = own if own.is_file() else Path(split)
     if not file.is_file():
-        raise ShardError(f"{own}: no such split, nor is {split!r} a file; --split is a name in that directory or a list of names")
+        raise ShardError(f"{own}: no such split, and {split!r} is not a file; --split is a name in that directory or a list file")
     try:
         lines = file.read_text().splitlines()
     except ValueError as error:
@@ -56,7 +63,7 @@ def _read_split(devkit: Path, split: str) -> list[str]:
 def _find_mask(devkit: Path, key: str) -> Path:
     found = next((file for folder in MASKS if (file := devkit / folder / f"{key}.png").is_file()), None)
     if found is None:
-        raise ShardError(f"{devkit / MASKS[0] / key}.png: no such mask, nor in {MASKS[1]}; fetch it, or leave --masks out")
+        raise ShardError(f"{devkit / MASKS[0] / key}.png: no such mask, nor in {MASKS[1]}; add it, or leave --masks out")
     return found
 
 
@@ -66,24 +73,24 @@ def _find_mask(devkit: Path, key: str) -> Path:
 def _classes(xml: Path, multi_hot: dict[Any, Any], key: str) -> tuple[int, ...]:
     if xml.is_file():
         return _xml_classes(xml)
-    # IRN's file has integers for names: 2007000032.
+    # IRN's file has integers as names: 2007000032.
     number = int(key.replace("_", "")) if key.replace("_", "").isdecimal() else None
     if (name := next((name for name in (key, number) if name in multi_hot), None)) is None:
-        raise ShardError(f"{xml}: no such file; give the labels of {key} in a cls_labels.npy by --labels")
+        raise ShardError(f"{xml}: no such file; pass the labels of {key} in a cls_labels.npy with --labels")
     hot_n = multi_hot[name]
     if not isinstance(hot_n, np.ndarray) or hot_n.shape != (len(VOC) - 1,) or not np.isin(hot_n, (0, 1)).all():
-        raise ShardError(f"--labels: those of {name!r} are not {len(VOC) - 1} zeros and ones, one a class without background")
+        raise ShardError(f"--labels: {name!r} must have {len(VOC) - 1} zeros and ones, one per class without background")
     return tuple((np.flatnonzero(hot_n) + 1).tolist())
 
 
 def _read_labels(file: Path) -> dict[Any, Any]:
     if file.suffix not in (".npy", ".npz"):
-        raise ShardError(f"{file}: --labels is a .npy or .npz of {{name: {len(VOC) - 1} zeros and ones}}")
+        raise ShardError(f"{file}: --labels must be a .npy or .npz of {{name: {len(VOC) - 1} zeros and ones}}")
     return read_dict(file)
 
 
 def _xml_classes(file: Path) -> tuple[int, ...]:
-    """Class indices of the objects in one annotation, ascending."""
+    """Return the class indices of the objects in one annotation, ascending."""
     data = file.read_bytes()
     try:
         root = ElementTree.fromstring(data)

@@ -1,7 +1,7 @@
-"""Writing a shard set, shard by shard: by one process or many jobs, and what was stopped goes on.
+"""Writing a shard set, shard by shard, by one process or many jobs. An interrupted build resumes.
 
-In the making it lies at OUT.partial:  build.json  shard-00000.tar  shard-00000.json  ...  (each with its part of the index).
-When all are there, the parts become index.json, and OUT.partial becomes OUT: a set is whole or absent.
+An unfinished set is in OUT.partial:  build.json  shard-00000.tar  shard-00000.json  ...  (each with its part of the index).
+When all shards exist, the parts become index.json, and OUT.partial is renamed to OUT: a set is complete or absent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from weakclip.runtime.atomic import whole, write_whole
 from weakclip.runtime.workers import map_in_processes
 
 BUILD = "build.json"
-"""In a set that a recipe made, and in OUT.partial: what decided the samples (`Build.about`), and of how many shards it is."""
+"""File in a set that a recipe made, and in OUT.partial, with `Build.provenance` and the number of shards."""
 
 T = TypeVar("T")
 
@@ -38,10 +38,10 @@ T = TypeVar("T")
 class Build(Generic[T]):
     """A shard set to make at `out`: the samples that `load` makes of `items`.
 
-    about: what decides the samples beside the items, for JSON. version: tells an item from what it was before one of its files
-    changed. samples_per_shard: of all but the last, or of each. The bytes depend on the samples and `samples_per_shard`, not on
-    processes and jobs. With more than one process `items` and `load` must pickle. Raises ShardError when there is nothing to
-    write.
+    provenance: what decides the samples beside the items, for JSON. version: item -> a string that changes when one of its
+    files does. samples_per_shard: of all shards but the last, or one number for each shard. The bytes depend on the samples and
+    `samples_per_shard`, not on processes and jobs. With more than one process `items` and `load` must be picklable. Raises
+    ShardError when there is nothing to write.
     """
 
     items: Sequence[T]
@@ -49,7 +49,7 @@ class Build(Generic[T]):
     out: Path
     classes: Sequence[str]
     samples_per_shard: int | Sequence[int] = 256
-    about: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     version: Callable[[T], str] = str
 
     def __post_init__(self) -> None:
@@ -60,26 +60,27 @@ class Build(Generic[T]):
 
     @property
     def shards(self) -> int:
-        """How many there will be."""
+        """Number of shards of the complete set."""
         sizes = self.samples_per_shard
         return math.ceil(len(self.items) / sizes) if isinstance(sizes, int) else len(sizes)
 
     def run(self, processes: int = 1, numbers: range | None = None) -> Index | None:
-        """Write those of the shards `numbers` (None: all) that aren't there yet, each process whole ones.
+        """Write those of the shards `numbers` (None: all) that are missing. Each process writes whole shards.
 
-        Who writes the last finishes the set and returns its index; None while shards are missing. Raises ShardError naming the
-        key when a sample fails a check, and when `out` or OUT.partial holds something else; what `load` raises passes through.
+        The job that writes the last one completes the set and returns its index; while shards are missing, None is returned.
+        Raises ShardError naming the key when a sample fails a check, and when `out` or OUT.partial holds something else. Errors
+        of `load` pass through.
         """
         if processes < 1:
             raise ShardError("processes must be at least 1")
         numbers = range(self.shards) if numbers is None else numbers
-        work = claim(self.out, {**self.about, "shards": self.shards})
+        work = open_for_writing(self.out, {**self.provenance, "shards": self.shards})
         missing = [number for number in numbers if self._written(work, number) is None]
         chunks = [self._chunk(number) for number in missing]
         try:
             with tqdm(total=sum(map(len, chunks)), unit=" images", desc=self.out.name) as bar:
                 paths = [work / f"{_name(number)}.tar" for number in missing]
-                # Another process's samples are seen when its shard is there.
+                # With worker processes, samples are counted when their shard is written.
                 load = self.load if processes > 1 else _counting(self.load, bar)
                 write = partial(_write_shard, load, len(self.classes))
                 for number, shard in zip(
@@ -90,7 +91,7 @@ class Build(Generic[T]):
                     bar.update(len(shard.samples) if processes > 1 else 0)
         except BaseException:
             with _alone(work) as there:
-                if there and [path.name for path in work.iterdir()] == [BUILD]:  # nothing to go on from, and no other job writes
+                if there and [path.name for path in work.iterdir()] == [BUILD]:  # nothing to resume, and no other job writes
                     shutil.rmtree(work)
             raise
         return self._finish(work)
@@ -102,12 +103,12 @@ class Build(Generic[T]):
         return self.items[sum(sizes[:number]) : sum(sizes[: number + 1])]
 
     def _version(self, number: int) -> str:
-        """Of all that decides a shard's bytes."""
+        """Return the hash of all that decides a shard's bytes."""
         versions = [self.version(item) for item in self._chunk(number)]
-        return hashlib.sha256(json.dumps([self.about, self.classes, versions]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.provenance, self.classes, versions]).encode()).hexdigest()
 
     def _written(self, work: Path, number: int) -> Shard | None:
-        """A shard that is there, of the items as they are now."""
+        """Return a shard that was written from the current items, else None."""
         path = work / f"{_name(number)}.json"
         try:
             note = json.loads(path.read_text())
@@ -117,7 +118,7 @@ class Build(Generic[T]):
 
     def _finish(self, work: Path) -> Index | None:
         with _alone(work) as there:
-            if not there:  # another job has finished the set
+            if not there:  # another job has completed the set
                 return Index.load(self.out)
             found = [self._written(work, number) for number in range(self.shards)]
             shards = tuple(shard for shard in found if shard is not None)
@@ -127,7 +128,7 @@ class Build(Generic[T]):
             index = Index.load(work)
             for number in range(self.shards):
                 (work / f"{_name(number)}.json").unlink()
-            if not self.about:
+            if not self.provenance:
                 (work / BUILD).unlink()
             work.rename(self.out)
         return replace(index, storage=Storage.of(self.out))
@@ -141,10 +142,10 @@ def build_shards(
     samples_per_shard: int = 256,
     processes: int = 1,
 ) -> Index:
-    """Make a set of what is not kept in files, in one go: a build that fails leaves nothing. Raises what `Build` raises."""
+    """Write a set that is not resumed: a build that fails leaves nothing behind. Raises what `Build` raises."""
     build = Build(items, load, Path(out).resolve(), classes, samples_per_shard)
     if partial_folder(build.out).exists():
-        message = "a build is running, or one was killed; if none is running remove this directory, then build again"
+        message = "a build is running, or one was killed; if none is running, remove this directory and build again"
         raise ShardError(f"{partial_folder(build.out)}: {message}")
     try:
         index = build.run(processes)
@@ -156,44 +157,48 @@ def build_shards(
 
 
 def partial_folder(out: Path) -> Path:
-    """Where a set lies while it is made."""
+    """Return the folder of an unfinished set."""
     return out.with_name(out.name + ".partial")
 
 
-def noted(out: Path) -> dict[str, Any] | None:
-    """What BUILD says in the set `out`, or in OUT.partial where that is not whole; None where it says nothing."""
+def read_provenance(out: Path) -> dict[str, Any] | None:
+    """Return the content of BUILD in the set `out`, or in OUT.partial while the set is unfinished; None without that file."""
     note = (out if (out / INDEX).is_file() else partial_folder(out)) / BUILD
     return json.loads(note.read_text()) if note.is_file() else None
 
 
 def written(out: Path, about: Mapping[str, Any], key: str, by: str) -> tuple[int, int] | None:
-    """How many shards of the set that `about` decides are there, and of how many; None where it was not begun.
+    """Return the number of existing shards of the set with provenance `about`, and of all; None where it was not started.
 
-    key: of the recipe, that names `out`. by: the key that says what is made. Raises ConfigError when something else is there.
+    key: the recipe's key that names `out`. by: the key that decides what is made. Raises ConfigError when `out` or OUT.partial
+    holds something else.
     """
-    whole, earlier = (out / INDEX).is_file(), noted(out)
+    whole, earlier = (out / INDEX).is_file(), read_provenance(out)
     folder = out if whole else partial_folder(out)
     if earlier is None:
         if whole:
             raise ConfigError(f"{key}: {out} was not made by {by}; remove it, or leave {by} out")
         return None
     if earlier | dict(about) != earlier:
-        raise ConfigError(f"{key}: {folder} is of another {by} (see {BUILD} in it); remove it")
+        raise ConfigError(f"{key}: {folder} was made with another {by} (see {BUILD} in it); remove it, or change {key}")
     return earlier["shards"] if whole else len([*folder.glob("shard-*.json")]), earlier["shards"]
 
 
-def claim(out: Path, about: Mapping[str, Any]) -> Path:
-    """Make the folder OUT.partial, or see that it is of the same build. Raises ShardError when it is not, or `out` is in use."""
+def open_for_writing(out: Path, about: Mapping[str, Any]) -> Path:
+    """Create the folder OUT.partial, or check that it belongs to the same build, and return it.
+
+    Raises ShardError when it belongs to another build, or `out` is in use.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ShardError(f"{out}: holds files already; remove it, or build into another directory")
+        raise ShardError(f"{out}: already holds files; remove it, or choose another directory")
     work = partial_folder(out)
     work.mkdir(parents=True, exist_ok=True)
     with _alone(work):
         if (work / BUILD).exists():
             if json.loads((work / BUILD).read_text()) != json.loads(json.dumps(about)):
-                raise ShardError(f"{work}: another build was stopped here (see {BUILD} in it); remove it to begin anew")
+                raise ShardError(f"{work}: holds another unfinished build (see {BUILD} in it); remove it to start again")
         elif any(work.iterdir()):
-            raise ShardError(f"{work}: holds files that are no shards in the making; remove it to begin anew")
+            raise ShardError(f"{work}: holds files that are not an unfinished build; remove it to start again")
         else:
             write_whole(work / BUILD, json.dumps(about) + "\n")
     return work
@@ -201,7 +206,7 @@ def claim(out: Path, about: Mapping[str, Any]) -> Path:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Jobs that come to it at the same time take turns; False where the folder has gone."""
+    """Hold the lock of a folder, so that concurrent jobs take turns. Gives False where the folder no longer exists."""
     try:
         directory = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
@@ -228,7 +233,7 @@ def _counting(load: Callable[[T], Sample | PackedSample], bar: Any) -> Callable[
 
 
 def _write_shard(load: Callable[[T], Sample | PackedSample], num_classes: int, work: tuple[Path, Sequence[T]]) -> Shard:
-    from webdataset.writer import TarWriter  # imports torch, which those who only read shards need not load
+    from webdataset.writer import TarWriter  # imports torch, which readers of shards do not need
 
     (path, items), entries = work, []
     with whole(path) as unfinished:

@@ -1,1 +1,1 @@
-"""A small synthetic world and a small CLIP trained on it: enough to run and test the whole pipeline offline."""
+"""The synthetic world: images, labels and exact masks that are drawn, and the whole pipeline on them."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
 
@@ -12,7 +10,7 @@ from weakclip.demo import pipeline
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m weakclip.demo", description="The whole pipeline on a synthetic world.")
+    parser = cli.Parser(prog="weakclip demo", description="The whole pipeline on a synthetic world.")
     config, _ = cli.parse_config(parser, arguments)
     start = time.monotonic()
     scores = pipeline.run(config)
@@ -23,4 +21,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])
+    cli.run(main)

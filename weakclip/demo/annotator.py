@@ -8,8 +8,6 @@ each patch of a transformer is trained towards what a CNN finds there.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +73,7 @@ def load(path: Path) -> Annotator:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description="Train a small CNN on labels of the synthetic world's pictures.")
+    parser = cli.Parser(description="Train a small CNN on labels of the synthetic world's pictures.")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--steps", type=int, default=2500)
     options = parser.parse_args(arguments)
@@ -93,4 +91,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])
+    cli.run(main)

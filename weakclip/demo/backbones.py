@@ -12,8 +12,6 @@ like any other.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +29,8 @@ from weakclip.demo.clip import encode_patches
 from weakclip.demo.image_pool import BACKBONE_SEED, Captions, network_input
 from weakclip.demo.pretraining import pretrain
 from weakclip.models.clip import load_clip
-from weakclip.networks import NETWORKS
 from weakclip.networks.resnet38 import Trunk
+from weakclip.registry import NETWORKS
 from weakclip.runtime.torchvision_ops import declare_missing
 
 declare_missing()
@@ -154,7 +152,7 @@ def _resize(maps_BCHW: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description="Train backbones for the synthetic world's networks, on other pictures.")
+    parser = cli.Parser(description="Train backbones for the synthetic world's networks, on other pictures.")
     parser.add_argument("--out", type=Path, required=True, help="folder for a folder each")
     parser.add_argument("--steps", type=int, help="instead of each one's own")
     parser.add_argument("--only", nargs="+", choices=BACKBONES, default=list(BACKBONES))
@@ -173,4 +171,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])
+    cli.run(main)

@@ -13,7 +13,7 @@ import numpy as np
 from weakclip.config import CrfConfig
 from weakclip.data.index import Index
 from weakclip.data.sample import DecodedSample
-from weakclip.evaluate import best_cam_threshold, cam_crf_counts
+from weakclip.evaluation.scoring import best_cam_threshold, cam_crf_counts
 from weakclip.masks.seeds import cam_maps, refined_cam
 
 COLOUR_TOLERANCES = (3.0, 5.0, 8.0, 13.0)

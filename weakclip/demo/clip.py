@@ -15,10 +15,8 @@ neighbours' caption but not its own is wrong.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -345,7 +343,7 @@ def quality(model: open_clip.CLIP) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description="Train and measure the synthetic world's small CLIP.")
+    parser = cli.Parser(description="Train and measure the synthetic world's small CLIP.")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, quality.json and training state")
     parser.add_argument("--minutes", type=float, default=30, help="wall time of the training")
     parser.add_argument("--seed", type=int, default=0)
@@ -364,4 +362,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])
+    cli.run(main)

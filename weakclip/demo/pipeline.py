@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import io
 import json
-import sys
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from weakclip import cam, labels, pseudo
+from weakclip import labels, pseudo
+from weakclip.cams import make
 from weakclip.checkpoints import weights
 from weakclip.config import Config, CrfConfig
+from weakclip.data.codecs import encode_mask_png
 from weakclip.data.index import Index, open_index
 from weakclip.data.sample import DecodedSample, Sample
 from weakclip.data.stream import StoredSamples
 from weakclip.datasets.writing import build_shards
 from weakclip.demo import world
 from weakclip.demo.baselines import Baselines
-from weakclip.evaluate import count, score, truth
 from weakclip.evaluation import visualize
+from weakclip.evaluation.scoring import count, score, truth
 from weakclip.masks import mask_folder
 from weakclip.masks.seeds import cam_maps
-from weakclip.runtime import run_dir as runs
 from weakclip.runtime.atomic import write_whole
-from weakclip.runtime.tables import Table
-from weakclip.sweep import spread
-from weakclip.train import train
-from weakclip.training.engine import World
-from weakclip.training.jobs import Refine
+from weakclip.runtime.tables import Table, spread
+from weakclip.training import jobs
+from weakclip.training.claim import claim
+from weakclip.training.loop import train
+from weakclip.training.world import World
+
+_log = logging.getLogger(__name__)
 
 SWEEP = Path(__file__).parents[1] / "assets" / "demo_seeds.json"
 """Scores of the runs of configs/sweeps/seeds.yaml: python -m weakclip.sweep configs/sweeps/seeds.yaml --json FILE"""
@@ -57,23 +59,24 @@ def run(config: Config) -> dict[str, float]:
     """Everything, into the run directory; what an interrupted run finished is not done again. Returns mIoU (%) by name."""
     if config.demo.seeds == "exact":  # they come with the pictures
         config = replace(config, seeds=replace(config.seeds, crf=None))
-    task = Refine(config)
-    folder = runs.claim(config, task.fixed, resume=True)
+    job = jobs.refine(config)
+    claim(job, resume=True)
+    folder = job.run.root
     unseen = draw_shards(config)
-    _say("making their CAMs from labels, with the frozen CLIP")
-    cam.run(config, part=None)
-    seen = open_index(config.data.train, task.names)
-    _say(f"training WeakCLIP, {config.train.steps} steps")
-    train(task, World.join(), resume=True)
-    _say("scoring the CAMs")
+    _log.info("making their CAMs from labels, with the frozen CLIP")
+    make.run(config, part=None)
+    seen = open_index(config.data.train, job.names)
+    _log.info(f"training WeakCLIP, {config.train.steps} steps")
+    train(job, World.join(), resume=True)
+    _log.info("scoring the CAMs")
     baselines = Baselines.of(_samples(config, seen), seen, crf_settings(config), config.pseudo.processes)
     scores = {"cam": baselines.cam, "cam_crf": baselines.cam_crf}
     name = "ceiling" if config.demo.seeds == "exact" else "weakclip"
     for index, row in ((seen, name), (unseen, f"unseen_{name}")):
-        _say(f"pseudo masks: {ROWS[row]}")
+        _log.info(f"pseudo masks: {ROWS[row]}")
         scores |= mask_scores(config, index, folder / "masks", row)
     rounded = {name: round(value, 2) for name, value in scores.items()}
-    write_whole(folder / runs.SCORES, json.dumps(rounded, indent=1) + "\n")
+    write_whole(job.run.final_scores, json.dumps(rounded, indent=1) + "\n")
     draw(config, seen, baselines, folder / "masks" / name).save(folder / "pictures.png")
     return scores
 
@@ -82,7 +85,7 @@ def mask_scores(config: Config, index: Index, folder: Path, row: str) -> dict[st
     """mIoU (%) of the last weights' masks of a shard set, before and after the CRF; they go to `row` and `row`_crf."""
     plain, refined = folder / row, folder / f"{row}_crf"
     settings = replace(config, pseudo=replace(config.pseudo, crf=crf_settings(config), soft=True))
-    pseudo.run(settings, str(index.root), weights.find(config, "last"), refined)
+    pseudo.run(settings, str(index.root), weights.find(config.run_dir, "last"), refined)
     plain.mkdir(exist_ok=True)
     for entry in index.entries:
         mask_folder.save(mask_folder.read_soft(refined, entry.key), plain / f"{entry.key}.png")
@@ -97,10 +100,6 @@ def crf_settings(config: Config) -> CrfConfig:
     return config.pseudo.crf or CrfConfig()
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def table(scores: dict[str, float]) -> Table:
     """A run's scores beside their mean and spread over several seeds of the recipe as it ships."""
     seeds: dict[str, dict[str, float]] = {}
@@ -113,7 +112,7 @@ def table(scores: dict[str, float]) -> Table:
 
 
 def draw_shards(config: Config) -> Index:
-    """Shards of the labelled training pictures, at `cam.data`, and of as many unseen ones, at `data.val`; the latter."""
+    """Shards of the labelled training pictures, at `data.labelled`, and of as many unseen ones, at `data.val`; the latter."""
     names, demo = labels.class_names(config.classes), config.demo
 
     def training_sample(index: int) -> Sample:
@@ -123,10 +122,10 @@ def draw_shards(config: Config) -> Index:
     def unseen_sample(index: int) -> Sample:
         return shard_sample(f"unseen_{index:05d}", world.picture(demo.seed, UNSEEN + index))
 
-    for out, load in ((config.cam.data, training_sample), (config.data.val, unseen_sample)):
+    for out, load in ((config.data.labelled, training_sample), (config.data.val, unseen_sample)):
         path = Path(str(out))
         if not (path / "index.json").is_file():
-            _say(f"drawing {demo.size} pictures")
+            _log.info(f"drawing {demo.size} pictures")
             path.parent.mkdir(parents=True, exist_ok=True)
             build_shards(range(demo.size), load, path, names, samples_per_shard=64)
     return open_index(str(config.data.val), names)
@@ -136,13 +135,7 @@ def shard_sample(key: str, picture: world.Picture) -> Sample:
     buffer = io.BytesIO()
     Image.fromarray(picture.image).save(buffer, "JPEG", quality=95)
     H, W = picture.mask.shape
-    return Sample(key, buffer.getvalue(), "jpg", picture.classes, H, W, "demo world", mask=_png(picture.mask))
-
-
-def _png(mask_HW: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(mask_HW).save(buffer, "PNG")
-    return buffer.getvalue()
+    return Sample(key, buffer.getvalue(), "jpg", picture.classes, H, W, "demo world", mask=encode_mask_png(picture.mask))
 
 
 def _samples(config: Config, index: Index) -> Iterable[DecodedSample]:

@@ -5,8 +5,6 @@ python -m weakclip.demo.statistics [--seed 0] [--count 2000]
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,7 +35,7 @@ def statistics(seed: int, count: int) -> Table:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m weakclip.demo.statistics", description="Statistics of the synthetic world.")
+    parser = cli.Parser(prog="python -m weakclip.demo.statistics", description="Statistics of the synthetic world.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=2000, help="pictures to look at")
     options = parser.parse_args(arguments)
@@ -45,4 +43,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])
+    cli.run(main)

@@ -9,7 +9,6 @@ colours of bodies are shared by all classes and by the backgrounds: only texture
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from weakclip.labels import DEMO, palette
+from weakclip.runtime.command_line import Parser
 
 Region = Callable[[np.ndarray, np.ndarray], np.ndarray]  # object coordinates u (right), v (down) -> inside?
 Texture = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]  # u, v, rng -> share of colour 2, 0..1
@@ -478,7 +478,7 @@ def contact_sheet(seed: int, columns: int = 4, rows: int = 4, size: int = 192) -
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw a contact sheet of the synthetic world: image | mask.")
+    parser = Parser(description="Draw a contact sheet of the synthetic world: image | mask.")
     parser.add_argument("--out", required=True, help="PNG to write")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Boundary IoU: how well the contours of masks agree.
+"""Boundary IoU: the IoU of the contours of masks.
 
 Cheng et al., CVPR 2021, "Boundary IoU: Improving Object-Centric Image Segmentation Evaluation"; the width of the boundary and
 the image's border are those of its released code.
@@ -14,15 +14,16 @@ import numpy as np
 from weakclip.labels import IGNORE
 
 WIDTH = 0.02
-"""Of a boundary, as a fraction of the image's diagonal."""
+"""Width of a boundary, as a fraction of the image's diagonal."""
 
 
 def boundary_counts(truth_HW: np.ndarray, prediction_HW: np.ndarray, num_classes: int) -> np.ndarray:
-    """Pixels in the intersection and in the union of the true and the predicted boundary of each class, int64 K x 2.
+    """Return the pixels in the intersection and the union of the true and predicted boundary of each class, int64 K x 2.
 
-    The boundary of a class are its pixels within d = max(1, round(2 % of the image's diagonal)) pixels of a pixel that is not of
-    the class, in x and in y; outside of the image none is. Pixels whose truth is 255 belong to no class, in the prediction too:
-    whatever is predicted there, the counts are the same. The prediction is of the truth's size and holds 0..K-1 elsewhere.
+    The boundary of a class consists of its pixels within d = max(1, round(2 % of the image's diagonal)) pixels, in x and in y, of
+    a pixel that does not belong to it; no pixel outside the image does. Pixels whose truth is 255 belong to no class, in the
+    prediction too, so the counts do not depend on what is predicted there. The prediction has the truth's size and holds 0..K-1
+    elsewhere.
     """
     truth_HW = truth_HW.astype(np.uint8)
     prediction_HW = np.where(truth_HW == IGNORE, IGNORE, prediction_HW).astype(np.uint8)
@@ -34,10 +35,10 @@ def boundary_counts(truth_HW: np.ndarray, prediction_HW: np.ndarray, num_classes
 
 
 def _boundaries(labels_HW: np.ndarray) -> np.ndarray:
-    """Of all classes at once, bool H x W.
+    """Return the boundaries of all classes at once, bool H x W.
 
-    d erosions of a class by a 3 x 3 square leave the pixels about which a square of 2 d + 1 holds that class alone: those where
-    the smallest and the largest label in the square are the same.
+    d erosions of a class by a 3 x 3 square leave the pixels whose surrounding square of side 2 d + 1 holds only that class. These
+    are the pixels where the smallest and the largest label in the square are equal.
     """
     d = max(1, round(WIDTH * math.hypot(*labels_HW.shape)))
     square = np.ones((2 * d + 1, 2 * d + 1), np.uint8)

@@ -1,4 +1,4 @@
-"""Confusion matrix -> IoU, precision and recall."""
+"""Confusion matrix, and IoU, precision and recall from it."""
 
 from __future__ import annotations
 
@@ -8,35 +8,37 @@ from dataclasses import dataclass
 import numpy as np
 
 from weakclip.labels import IGNORE
+from weakclip.runtime.errors import UserError
+from weakclip.runtime.tables import Table
 
 
 def confusion(truth_HW: np.ndarray, prediction_HW: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts, int64 K x K: row = true class, column = predicted class. Pixels whose truth is 255 do not count.
+    """Return pixel counts, int64 K x K: row = true class, column = predicted class. Pixels whose truth is 255 do not count.
 
-    Raises ValueError when the sizes differ or a prediction lies outside 0..K-1.
+    Raises UserError when the sizes differ, or the truth or the prediction holds a class outside 0..K-1.
     """
     if truth_HW.shape != prediction_HW.shape:
-        raise ValueError(f"prediction is {prediction_HW.shape}, truth is {truth_HW.shape}")
+        raise UserError(f"shape mismatch: the prediction is {prediction_HW.shape}, the truth {truth_HW.shape}")
     valid_HW = truth_HW != IGNORE
     truth, prediction = truth_HW[valid_HW].astype(np.int64), prediction_HW[valid_HW].astype(np.int64)
     for name, values in (("truth", truth), ("prediction", prediction)):
         if values.size and values.max() >= num_classes:
-            raise ValueError(f"{name} holds class {values.max()}, but there are {num_classes} classes")
+            raise UserError(f"{name} holds class {values.max()}, but there are {num_classes} classes")
     return np.bincount(truth * num_classes + prediction, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Integers that scores are made of. Those of parts, in any order and grouping, add up to those of the whole."""
+    """Integers that scores are computed from. Counts of parts add up to those of the whole, in any order and grouping."""
 
     matrix_KK: np.ndarray
     """int64: row = true class, column = predicted class."""
     boundary_K2: np.ndarray
-    """int64: intersection and union of boundaries, pixels."""
+    """int64: pixels in the intersection and union of boundaries."""
 
     @classmethod
     def zero(cls, num_classes: int) -> Counts:
-        """Of no image."""
+        """Return the counts of no image."""
         return cls(np.zeros((num_classes, num_classes), np.int64), np.zeros((num_classes, 2), np.int64))
 
     def __add__(self, other: Counts) -> Counts:
@@ -48,9 +50,9 @@ class Counts:
 
 @dataclass(frozen=True)
 class Scores:
-    """Per class, as fractions; NaN where the denominator is 0. Means are over the other classes.
+    """Scores per class, as fractions; NaN where the denominator is 0. Means are over the classes with a value.
 
-    docs/results.md says what they mean.
+    docs/results.md defines them.
     """
 
     names: tuple[str, ...]
@@ -58,11 +60,11 @@ class Scores:
     precision: tuple[float, ...]
     recall: tuple[float, ...]
     boundary_iou: tuple[float, ...] | None
-    """None where it was not counted."""
+    """None where boundaries were not counted."""
 
     @classmethod
     def of(cls, matrix_KK: np.ndarray, names: Sequence[str], boundary_K2: np.ndarray | None = None) -> Scores:
-        """Of counts as `Counts` holds them."""
+        """Compute the scores from counts as in `Counts`."""
         hit_K, true_K, predicted_K = np.diag(matrix_KK), matrix_KK.sum(1), matrix_KK.sum(0)
         return cls(
             tuple(names),
@@ -77,7 +79,7 @@ class Scores:
         return _mean(self.iou)
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON: percentages, null where there is no value."""
+        """Return percentages for JSON, None where there is no value."""
         means = {"miou": self.miou, "mean_precision": _mean(self.precision), "mean_recall": _mean(self.recall)}
         columns = {"iou": self.iou, "precision": self.precision, "recall": self.recall}
         if self.boundary_iou is not None:
@@ -85,23 +87,18 @@ class Scores:
         by_class = {key: dict(zip(self.names, map(percent, values), strict=True)) for key, values in columns.items()}
         return {**{key: percent(value) for key, value in means.items()}, **by_class}
 
-    def table(self) -> str:
-        """As aligned text, a row a class and one of the means; "-" where there is no value."""
+    def table(self) -> Table:
+        """Return a table of the scores in percent: one row per class, and one of the means."""
         columns = {"IoU": self.iou, "precision": self.precision, "recall": self.recall}
         if self.boundary_iou is not None:
             columns["boundary IoU"] = self.boundary_iou
-        rows = [("", *columns)]
-        for name, *values in zip((*self.names, "mean"), *((*column, _mean(column)) for column in columns.values()), strict=True):
-            rows.append((name, *("-" if np.isnan(value) else f"{100 * value:.2f}" for value in values)))
-        first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-        return "\n".join(
-            "  ".join([f"{name:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))])
-            for name, *cells in rows
-        )
+        values = zip(*((*column, _mean(column)) for column in columns.values()), strict=True)
+        rows = [(name, *(100 * value for value in row)) for name, row in zip((*self.names, "mean"), values, strict=True)]
+        return Table("", ("", *columns), rows, digits=2)
 
 
 def percent(fraction: float) -> float | None:
-    """For JSON: with two decimals, None for NaN."""
+    """Return a percentage with two decimals for JSON, None for NaN."""
     return None if np.isnan(fraction) else round(100 * fraction, 2)
 
 

@@ -1,4 +1,4 @@
-"""The figures that WeakCLIP's paper publishes (Zhu et al., IJCV 133:1085-1105, 2025): assets/paper_tables.json, typed."""
+"""The published figures of WeakCLIP's paper (Zhu et al., IJCV 133:1085-1105, 2025), read from assets/paper_tables.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TABLES = Path(__file__).parents[1] / "assets" / "paper_tables.json"
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the tables that compare published methods; mIoU in %, None where none is published."""
+    """One row of the tables that compare published methods; mIoU in %, None where none is published."""
 
     method: str
     backbone: str
@@ -22,24 +22,24 @@ class Method:
 
 @dataclass(frozen=True)
 class Cost:
-    """A row of the table of costs, with VOC's 21 classes and on hardware that the paper does not name."""
+    """One row of the table of costs, for VOC's 21 classes and on hardware that the paper does not name."""
 
     method: str
     trainable: float | None
-    """Parameters, millions."""
+    """Trainable parameters in millions."""
     total: float | None
-    """Parameters, millions, with the frozen ones."""
+    """All parameters in millions, frozen ones included."""
     images_per_second: float | None
-    """In training."""
+    """Speed in training."""
     memory_gib: float | None
 
 
 @dataclass(frozen=True)
 class Paper:
-    """What is published for one data set; empty for any other. IoU and mIoU in %."""
+    """The published figures for one data set; empty for any other. IoU and mIoU in %."""
 
     splits: tuple[str, ...] = ("val", "test")
-    """Where retrained networks are scored."""
+    """Splits on which retrained networks are scored."""
     masks: float | None = None
     """mIoU of the pseudo masks on the train set, from the released checkpoints' page."""
     comparison: tuple[Method, ...] = ()
@@ -51,7 +51,7 @@ class Paper:
 
     @classmethod
     def of(cls, classes: str) -> Paper:
-        """The figures for the class list `classes`, as `Config.classes` says it: the paper has those for voc and coco."""
+        """Return the figures for a class list as in `Config.classes`; the paper has those for voc and coco."""
         tables = json.loads(TABLES.read_text())
         if classes not in tables["data sets"]:
             return cls()

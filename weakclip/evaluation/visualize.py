@@ -1,4 +1,4 @@
-"""Pictures for people: masks in the palette's colours, activation maps as heat, sheets of labelled rows."""
+"""Visualisations: masks in palette colours, activation maps as heat maps, and sheets of labelled rows."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ COLOURS[IGNORE] = 255
 
 
 def colour_mask(mask_HW: np.ndarray) -> np.ndarray:
-    """uint8 H x W x 3; ignored pixels are white."""
+    """Return a mask in palette colours, uint8 H x W x 3. Ignored pixels are white."""
     return COLOURS[mask_HW]
 
 
 def heat(image_HW3: np.ndarray, maps_nHW: np.ndarray) -> np.ndarray:
-    """The image half covered by its strongest activation map (0..1), from blue to red."""
+    """Return the image blended with its strongest activation map (0..1, blue to red): uint8 H x W x 3.
+
+    maps_nHW: float32, in 0..1.
+    """
     strongest_HW = maps_nHW.max(0) if len(maps_nHW) else np.zeros(image_HW3.shape[:2], np.float32)
     heat_HW3 = cv2.applyColorMap((255 * strongest_HW).astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
     return image_HW3 // 2 + heat_HW3 // 2
@@ -30,7 +33,7 @@ def heat(image_HW3: np.ndarray, maps_nHW: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a sheet: its pictures (uint8 H x W x 3) under a caption with the classes beside their colours."""
+    """One row of a sheet: images (uint8 H x W x 3) under a caption with the classes beside their colours."""
 
     key: str
     classes: Sequence[int]
@@ -38,7 +41,7 @@ class Row:
 
 
 def sheet(rows: Sequence[Row], names: Sequence[str], columns: Sequence[str] = ()) -> Image.Image:
-    """All rows on white; `columns` are headings of the pictures."""
+    """Draw all rows on one white page. columns: headings of the images."""
     row_h, top = TILE_H + CAPTION_H, CAPTION_H if columns else 0
     page = Image.new("RGB", (TILE_W * max([3, *(len(row.pictures) for row in rows)]), max(1, top + row_h * len(rows))), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)

@@ -1,7 +1,8 @@
-"""What submitit pickles, and runs in each task of a job."""
+"""The callable that submitit pickles and runs in each task of a job."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -11,15 +12,20 @@ from pathlib import Path
 
 from submitit.helpers import DelayedSubmission
 
-from weakclip import config as configs
+from weakclip import recipe
+from weakclip.runtime import log
+from weakclip.runtime.errors import is_user_error
+from weakclip.runtime.signals import Interrupted, nothing_left_to_save
 from weakclip.stages import STAGES
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage, or one part of it. It goes on with whatever earlier runs of it have left.
+    """A stage, or one part of it. It resumes from the results of earlier runs.
 
-    config: the resolved recipe. part: the shards "A:B" of an array's task. requeues: how often it may still begin anew by itself.
+    config: the resolved recipe. part: the shards "A:B" of an array's task. requeues: the number of requeues left.
     """
 
     stage: str
@@ -28,31 +34,29 @@ class StageJob:
     requeues: int
 
     def __call__(self) -> None:
-        from weakclip.runtime.signals import (  # with torch, which takes seconds that no one needs to wait who submits
-            Interrupted,
-            nothing_left_to_save,
-        )
-
-        # submitit's handler of USR2: rank 0 calls checkpoint(), puts the job into the queue again and ends. A training replaces
-        # it, so as to save first, and comes back to it.
-        begin_anew = signal.getsignal(signal.SIGUSR2)
+        log.set_up()
+        # submitit's handler of USR2: rank 0 calls checkpoint(), requeues the job and exits. A training replaces it with its own,
+        # so that it can save first; the handler is called below.
+        requeue = signal.getsignal(signal.SIGUSR2)
         try:
-            STAGES[self.stage].run(configs.load(self.config), self.part)
+            STAGES[self.stage].run(recipe.load(self.config), self.part)
         except Interrupted as stop:
-            if stop.signal is signal.SIGUSR2 and callable(begin_anew):
-                begin_anew(signal.SIGUSR2, None)  # rank 0 doesn't come back
-            # Slurm is going to end this process. Who ends before makes Slurm end rank 0, maybe too early.
-            # And a job that SIGTERM told to make room begins anew only if it waits for its end.
+            if stop.signal is signal.SIGUSR2 and callable(requeue):
+                requeue(signal.SIGUSR2, None)  # rank 0 does not return
+            # Slurm will end this process. A rank that exits earlier makes Slurm end rank 0, possibly before it has requeued.
+            # And a job that is preempted by SIGTERM is requeued only if it waits for its end.
             time.sleep(600 if "SLURM_JOB_ID" in os.environ else 0)
             sys.exit(os.EX_TEMPFAIL)
-        except (ValueError, OSError) as error:
+        except Exception as error:
+            if not is_user_error(error):
+                raise  # a bug, whose traceback submitit writes to the log
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
         nothing_left_to_save()
 
     def checkpoint(self) -> DelayedSubmission:
-        """The job as it begins anew."""
+        """Return the job to requeue, with one requeue less. Exits with 1 when none is left."""
         if self.requeues == 0:
-            print("error: not put into the queue again: `requeues` are used up; submit the stage again to go on", file=sys.stderr)
+            _log.error("not requeued: `requeues` are used up; submit the stage again to resume it")
             sys.exit(1)
         return DelayedSubmission(replace(self, requeues=self.requeues - 1))

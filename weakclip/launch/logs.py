@@ -1,4 +1,4 @@
-"""What a job says: the logs of its tasks in its folder."""
+"""The logs of a job's tasks in its folder."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from pathlib import Path
 
 
 def files(folder: Path, job: str) -> list[Path]:
-    """Those of a job and of its array's tasks that say anything, the one written to last at the end."""
+    """List the logs of a job and of its array's tasks that are not empty, the most recently written one last."""
     found = [path for path in folder.glob(f"{job}_*_log.*") if path.stat().st_size]
     return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
 def last_line(folder: Path, job: str) -> str:
-    """What went wrong lately ("error: ..."), if anything did, else the newest line; "" where there is none."""
+    """Return the newest recent error line ("error: ..."), or else the newest line; "" without any line."""
     newest = [_lines(path) for path in files(folder, job)]
     errors = [line for lines in newest for line in lines[-30:] if line.startswith("error: ")]
     return (errors or [lines[-1] for lines in newest if lines] or [""])[-1]
 
 
 def _lines(path: Path) -> list[str]:
-    """The last lines, but for submitit's own; a progress bar is as many as it was drawn times."""
+    """Return the last lines, without submitit's own. Each redraw of a progress bar is a line."""
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - 20_000, 0))
         text = file.read().decode(errors="replace").replace("\r", "\n")

@@ -1,4 +1,4 @@
-"""What a job asks of a cluster: defaults in a small YAML (configs/cluster/), changed by options of launch/submit.py."""
+"""Resources of a job: cluster defaults from a small YAML (configs/cluster/), overridden by options of launch/submit.py."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from weakclip.stages import STAGES, Stage
 
 @dataclass
 class Resources:
-    """Of one stage. Each field is an option of launch/submit.py as well, `setup`, `signal_delay` and `stages` apart."""
+    """Resources of a stage. Each field but `setup`, `signal_delay` and `stages` is also an option of launch/submit.py."""
 
     nodes: int = 1
-    """Nodes of a stage whose ranks work together; a task of an array has one."""
+    """Nodes of a stage whose ranks train together; a task of an array always has one."""
     gpus_per_node: int = 8
-    """GPUs of a node, a rank each; 0: one rank a node, on the CPU. A task of an array has one GPU, if this is not 0."""
+    """GPUs per node, with one rank each; 0: one rank per node, on the CPU. A task of an array has one GPU, unless this is 0."""
     cpus_per_task: int = 8
     """CPU cores of each rank or task; its loader processes (data.workers) run on them."""
     mem: str | None = None
-    """Memory of a node, such as 200GB; null: as much as the cluster gives."""
+    """Memory per node, such as 200GB; null: the cluster's default."""
     time: str = "24:00:00"
-    """Longest time, as Slurm writes it: minutes, hours:minutes:seconds or days-hours:minutes:seconds."""
+    """Time limit in Slurm's format: minutes, hours:minutes:seconds or days-hours:minutes:seconds."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -39,40 +39,40 @@ class Resources:
     exclude: str | None = None
     """Nodes to avoid."""
     array_size: int = 16
-    """Tasks of an array, at most; each takes a slice of the shards."""
+    """Maximum number of tasks of an array; each takes a slice of the shards."""
     array_parallelism: int = 16
-    """Tasks of an array that run at a time."""
+    """Maximum number of tasks of an array that run at the same time."""
     container: str | None = None
-    """Image that the job runs in: a .sif file by Apptainer, anything else by pyxis."""
+    """Container image to run in: a .sif file with Apptainer, anything else with pyxis."""
     requeues: int = 20
-    """How often a job that Slurm preempts or stops at its time limit goes on by itself."""
+    """Maximum number of times that a job is requeued after preemption or its time limit."""
     signal_delay: int = 120
-    """Seconds before the time limit at which the job is told to write its checkpoint."""
+    """Seconds before the time limit at which the job is signalled to write its checkpoint."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before the job, such as `module load cuda`."""
+    """Shell lines to run before the job, such as `module load cuda`."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What differs for a stage: its name, then any of the above."""
+    """Overrides for single stages: stage name -> any of the keys above."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "cpus_per_task", "array_size", "array_parallelism", "signal_delay"):
             _require(getattr(self, name) >= 1, f"{name} must be 1 or more")
         for name in ("gpus_per_node", "requeues"):
             _require(getattr(self, name) >= 0, f"{name} must be 0 or more")
-        _require(self.minutes > 0, f"time: {self.time!r} is no time of Slurm's, such as 90, 12:00:00 or 2-00:00:00")
+        _require(self.minutes > 0, f"time: {self.time!r} is not a Slurm time such as 90, 12:00:00 or 2-00:00:00")
         _require(
-            60 * self.minutes > self.signal_delay, f"time: {self.time} is over before signal_delay, {self.signal_delay} seconds"
+            60 * self.minutes > self.signal_delay, f"time: {self.time} must exceed signal_delay, {self.signal_delay} seconds"
         )
         if unknown := self.stages.keys() - STAGES.keys():
-            raise ConfigError(f"stages.{min(unknown)}: no such stage; there are {', '.join(STAGES)}")
+            raise ConfigError(f"stages.{min(unknown)}: no such stage; the stages are {', '.join(STAGES)}")
 
     @classmethod
     def read(cls, file: Path | None, options: Mapping[str, Any]) -> Resources:
-        """The YAML `file`, if any, changed by those options that are not None. Raises ConfigError naming what is wrong."""
+        """Read the YAML `file`, if any, and apply the options that are not None. Raises ConfigError naming the key at fault."""
         given = {name: value for name, value in options.items() if value is not None}
         return _merged(_merged(cls(), _read(file) if file else {}, str(file)), given, "command line")
 
     def of(self, stage: Stage, options: Mapping[str, Any]) -> Resources:
-        """Those of one stage; the command line has the last word."""
+        """Return the resources of one stage. options: those of the command line, which take precedence."""
         given = {name: value for name, value in options.items() if value is not None}
         merged = _merged(self, self.stages.get(stage.name, {}), f"stages.{stage.name}")
         merged = _merged(merged, given, "command line")
@@ -100,14 +100,14 @@ class Resources:
         return math.ceil(seconds / 60)
 
     def slurm(self, name: str, setup: Sequence[str], dependency: str | None = None) -> dict[str, Any]:
-        """Parameters of submitit's SlurmExecutor. setup: further shell lines, after one's own."""
-        # Since 22.05 srun no longer takes the cores from sbatch. A rank that fails must end the others, which wait for it.
+        """Return the parameters of submitit's SlurmExecutor. setup: shell lines to run after `self.setup`."""
+        # Since Slurm 22.05 srun does not inherit the cores from sbatch. A failed rank must end the others, which wait for it.
         srun = [f"--cpus-per-task={self.cpus_per_task}", "--kill-on-bad-exit=1"]
         if self.container and not self.container.endswith(".sif"):
             here = Path.cwd()
             srun += [f"--container-image={self.container}", f"--container-mounts={here}:{here}", f"--container-workdir={here}"]
         wishes = ("nodes", "cpus_per_task", "mem", "partition", "account", "qos", "constraint", "exclude", "array_parallelism")
-        # A dead node requeues the job; a dependent of a failed one ends instead of waiting for ever.
+        # A node failure requeues the job. A job that depends on a failed one is cancelled instead of waiting for ever.
         further = {"requeue": True, **({"kill-on-invalid-dep": "yes"} if dependency else {})}
         parameters = {
             **{wish: getattr(self, wish) for wish in wishes},
@@ -124,9 +124,9 @@ class Resources:
         return {key: value for key, value in parameters.items() if value is not None}
 
     def local(self) -> dict[str, Any]:
-        """Parameters of submitit's LocalExecutor. Raises ConfigError for what one machine has not."""
-        _require(self.nodes == 1, f"nodes: {self.nodes}, but without Slurm there is only this machine")
-        _require(self.container is None, "container: there is no Slurm to start it; start this command in it instead")
+        """Return the parameters of submitit's LocalExecutor. Raises ConfigError for several nodes or a container."""
+        _require(self.nodes == 1, f"nodes: {self.nodes}, but there is only this machine without Slurm; set it to 1")
+        _require(self.container is None, "container: only Slurm starts containers; run this command inside the container instead")
         gpus = min(self.gpus_per_node, gpus_here())
         return {
             "tasks_per_node": max(gpus, 1),
@@ -137,14 +137,14 @@ class Resources:
 
 
 def gpus_here() -> int:
-    """GPUs of this machine."""
-    import torch  # takes seconds, which no one needs to wait who submits to Slurm
+    """Return the number of GPUs of this machine."""
+    import torch  # takes seconds, and submitting to Slurm does not need it
 
     return torch.cuda.device_count()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """An option for each field that a command line may change, described by `Resources`."""
+    """Add an option for each field of `Resources` that the command line may change."""
     for item in fields(Resources):
         if item.name not in ("setup", "stages", "signal_delay"):
             kind = int if isinstance(item.default, int) else str
@@ -157,7 +157,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers stay text until it is known what they are for: 12:00:00 would be 43200 in YAML 1.1."""
+    """YAML loader that keeps numbers as text until their type is known: in YAML 1.1, 12:00:00 would be 43200."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
@@ -167,13 +167,13 @@ class _Loader(yaml.SafeLoader):
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise ConfigError(f"{file}: no such file of cluster defaults; configs/cluster/ has examples")
+        raise ConfigError(f"{file}: no such file; it should hold cluster defaults, see the examples in configs/cluster/")
     try:
         found = yaml.load(file.read_text(), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{file}: not a mapping, such as nodes: 2; configs/cluster/ has examples")
+        raise ConfigError(f"{file}: not a mapping such as nodes: 2; see the examples in configs/cluster/")
     return found
 
 
@@ -182,6 +182,6 @@ def _merged(base: Resources, changes: Any, source: str) -> Resources:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), changes))  # type: ignore[return-value]
     except ConfigKeyError as error:
         known = ", ".join(asdict(base))
-        raise ConfigError(f"{source}: unknown key {error.full_key!r}; there are {known}") from error
+        raise ConfigError(f"{source}: unknown key {error.full_key!r}; the keys are {known}") from error
     except (OmegaConfBaseException, ConfigError) as error:
         raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""Slurm's commands: does it answer, would it take a script, how are the jobs."""
+"""Slurm's commands: whether it answers, whether it accepts a script, and the states of jobs."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import NamedTuple
 from weakclip.config import ConfigError
 
 
-class Task(NamedTuple):
+class SlurmTask(NamedTuple):
     """A job, or one task of an array, as Slurm sees it."""
 
     job: str
-    """The array's number, for a task."""
+    """Job id; that of the array, for a task."""
     state: str
     reason: str
 
 
 def answers() -> bool:
-    """Whether this machine belongs to a Slurm that is up."""
+    """Return whether this machine belongs to a Slurm cluster that is up."""
     return shutil.which("sbatch") is not None and _run(["scontrol", "ping"]).returncode == 0
 
 
 def check(script: str) -> None:
-    """Raises ConfigError with Slurm's own words when it would not take a batch script."""
+    """Raise ConfigError with Slurm's message when it would reject a batch script."""
     asked = _run(["sbatch", "--test-only"], script)
     if asked.returncode:
         said = " ".join(asked.stderr.replace("sbatch: error:", "").replace("allocation failure:", "").split())
@@ -36,29 +36,29 @@ def check(script: str) -> None:
 
 
 def check_dependency(dependency: str) -> None:
-    """Raises ConfigError when a job that is to be waited for is not known: Slurm would start at once."""
+    """Raise ConfigError for a dependency on an unknown job: Slurm would start at once."""
     for job in re.findall(r"(?<=[:,?])\d+", dependency):
         if not tasks([job]):
             raise ConfigError(f"--dependency {dependency}: Slurm knows no job {job}")
 
 
-def tasks(jobs: Iterable[str]) -> list[Task]:
-    """Those of all these jobs that Slurm knows, from its accounts and, where that is fresher, its queue."""
+def tasks(jobs: Iterable[str]) -> list[SlurmTask]:
+    """Return the known tasks of these jobs, from Slurm's accounting and, where it is more recent, its queue."""
     listed = ",".join(jobs)
     if not listed:
         return []
-    found: dict[str, Task] = {}
+    found: dict[str, SlurmTask] = {}
     accounts = _run(["sacct", "-X", "--array", "--noheader", "--parsable2", f"--jobs={listed}", "--format=JobID,State,Reason"])
     queue = _run(["squeue", "--states=all", "--array", "--noheader", f"--jobs={listed}", "--format=%i|%T|%r"])
     for line in (accounts.stdout + queue.stdout).splitlines():
         name, state, reason = line.split("|", 2)
-        found[name] = Task(name.split("_")[0], state.split()[0], "" if reason == "None" else reason)
+        found[name] = SlurmTask(name.split("_")[0], state.split()[0], "" if reason == "None" else reason)
     return list(found.values())
 
 
 @contextmanager
 def outside_any_job() -> Iterator[None]:
-    """Submitting from within a job must not hand that job's variables to the new one."""
+    """Hide the variables of the current job, so that a job submitted from within it does not inherit them."""
     inherited = {
         name: value for name, value in os.environ.items() if name.startswith(("SLURM_", "SLURMD_")) and name != "SLURM_CONF"
     }

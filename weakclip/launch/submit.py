@@ -1,4 +1,4 @@
-"""Send stages of a run to Slurm, or to this machine where there is none.
+"""Submit stages of a run to Slurm, or run them on this machine without Slurm.
 
 python launch/submit.py --stage train --config configs/voc.yaml [--nodes 2] [--gpus-per-node 8] [--dry-run] [key=value ...]
 python launch/submit.py --stage all --config configs/voc.yaml --defaults configs/cluster/example.yaml
@@ -16,26 +16,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from submitit.core.core import Job
 from submitit.core.utils import FailedJobError
 from submitit.local.local import LocalExecutor
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
-from weakclip import cam, cli, labels
+from weakclip import cli, labels, recipe
+from weakclip.cams import make
 from weakclip.config import Config, ConfigError
-from weakclip.data.index import Index
+from weakclip.data.index import Index, open_index
 from weakclip.launch import journal, logs, slurm
 from weakclip.launch.job import StageJob
-from weakclip.launch.journal import Entry
+from weakclip.launch.journal import Submission
 from weakclip.launch.resources import Resources, add_options
 from weakclip.runtime import lock
+from weakclip.runtime.run_dir import RunDir
 from weakclip.stages import MAKERS, STAGES, Stage, chain
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage that is to run. parts: slices of the shards for an array's tasks; a single null where ranks work together."""
+    """A stage to run. parts: slices of the shards for the tasks of an array, or [None] for a job of ranks."""
 
     stage: Stage
     resources: Resources
@@ -45,7 +46,7 @@ class Plan:
 
     @property
     def tasks(self) -> int | None:
-        """Of the array, if it is one."""
+        """Number of tasks of an array; None for a single job."""
         return len(self.parts) if len(self.parts) > 1 else None
 
     def jobs(self, config: Config) -> list[StageJob]:
@@ -54,7 +55,7 @@ class Plan:
         return [StageJob(self.stage.name, path, part, self.resources.requeues) for part in self.parts]
 
     def script(self, code: Path) -> str:
-        """The batch script as Slurm will get it, but for the jobs that it has to wait for."""
+        """Return the batch script for Slurm, without dependencies."""
         folder = self.folder.absolute()
         command = f"{self.python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
         return _make_sbatch_string(command, folder, map_count=self.tasks, **self.resources.slurm(self.name, _setup(code)))
@@ -67,18 +68,18 @@ class Plan:
 
 
 def make_plans(config: Config, options: argparse.Namespace) -> list[Plan]:
-    """Plans of those stages that are asked for and not complete. Raises ConfigError where something is in the way."""
+    """Return plans of the requested stages that are not complete. Raises ConfigError where other results are in the way."""
     asked = {name: getattr(options, name) for name in asdict(Resources()) if hasattr(options, name)}
     defaults = Resources.read(options.defaults, asked)
     stages = [STAGES[options.stage]] if options.stage != "all" else chain(config)
     if options.stage in ("classify", "cam"):
-        cam.open_labelled(config)  # alone it has no stage before it that would build the set
+        make.open_labelled(config)  # alone, no stage before it would build the set
     made = {stage.name: stage.progress(config, None) for stage in stages if stage.name in MAKERS}
     ready = all(progress.complete for progress in made.values())
     index = _index(config) if ready and any(stage.data == "train" for stage in stages) else None
 
     def shards(stage: Stage) -> int:
-        """Of the set that the stage works on, be it still to be made: all that stages make have as many."""
+        """Return the number of shards of a stage's set. All sets that stages write have the same number."""
         if stage.data == "val":
             return len(Index.load(str(config.data.val), config.data).shards)
         return len(index.shards) if index else next(iter(made.values())).total
@@ -86,47 +87,45 @@ def make_plans(config: Config, options: argparse.Namespace) -> list[Plan]:
     plans: list[Plan] = []
     for stage in stages:
         progress = made.get(stage.name) or stage.progress(config, index)
-        if progress.complete and not plans:  # what comes after a stage that runs is to be made anew
+        if progress.complete and not plans:  # a stage after one that runs must run again
             print(f"{stage.name}: complete ({progress}), skipped")
             continue
         if progress.done and plans and not stage.overwrites:
             before = plans[-1].stage.name
             raise ConfigError(
-                f"{stage.name}: {progress} are there of an earlier {before}; remove them, submit {before} alone, or set run"
+                f"{stage.name}: {progress} of an earlier {before} exist; remove them, submit {before} alone, or change run"
             )
         resources = defaults.of(stage, asked)
         parts: list[str | None] = [None] if stage.ranks else slices(shards(stage), resources, options.array_size)
-        folder = journal.next_folder(Path(config.run), stage.name, skip=len(plans))
-        plans.append(Plan(stage, resources, parts, folder, f"{options.name or Path(config.run).name}-{stage.name}"))
+        folder = journal.next_folder(config.run_dir, stage.name, skip=len(plans))
+        plans.append(Plan(stage, resources, parts, folder, f"{options.name or config.run_dir.root.name}-{stage.name}"))
     return plans
 
 
 def _index(config: Config) -> Index:
-    """Of data.train."""
-    index = Index.load(config.data.train, config.data)
-    labels.check_same(labels.class_names(config.classes), index.classes, str(index.storage))
-    return index
+    """Open data.train."""
+    return open_index(config.data.train, labels.class_names(config.classes), config.data)
 
 
 def slices(shards: int, resources: Resources, asked: int | None) -> list[str | None]:
-    """The shards in `array_size` even parts, or in as many as there are. Raises ConfigError where more were `asked` for."""
+    """Split the shards into `array_size` even parts, at most one per shard. Raises ConfigError where more were `asked` for."""
     if asked is not None and asked > shards:
-        raise ConfigError(f"--array-size {asked}: there are {shards} shards, of which each task takes at least one")
+        raise ConfigError(f"--array-size {asked}: there are only {shards} shards, and each task needs at least one")
     tasks = min(resources.array_size, shards)
     return [f"{task * shards // tasks}:{(task + 1) * shards // tasks}" for task in range(tasks)]
 
 
-def check_free(run: Path, on_slurm: bool) -> None:
-    """Raises ConfigError when a job of this run waits or works."""
+def check_free(run: RunDir, on_slurm: bool) -> None:
+    """Raise ConfigError when a job of this run is pending or running."""
     lock.check(run)
     for entry in journal.read(run) if on_slurm else []:
         if entry.cluster == "slurm" and lock.job_lives(entry.job):
-            raise ConfigError(f"run: job {entry.job} ({entry.stage}) waits or works on {run}; scancel {entry.job} ends it")
+            raise ConfigError(f"run: job {entry.job} ({entry.stage}) is pending or running; cancel it: scancel {entry.job}")
 
 
 def to_slurm(plans: Sequence[Plan], config: Config, dependency: str | None) -> None:
-    """Submit all, each after the one before. Raises ConfigError with Slurm's words when it takes one of them not."""
-    run = Path(config.run)
+    """Submit all plans, each dependent on the one before. Raises ConfigError with Slurm's message when it rejects one."""
+    run = config.run_dir
     if dependency:
         slurm.check_dependency(dependency)
     for plan in plans:
@@ -145,7 +144,7 @@ def to_slurm(plans: Sequence[Plan], config: Config, dependency: str | None) -> N
                 subprocess.run(["scancel", *submitted], check=False)
             raise ConfigError(f"{plan.stage.name}: Slurm rejects it: {' '.join(str(error).split())}") from None
         job = jobs[0].job_id.split("_")[0]
-        journal.add(run, Entry.of(plan.stage.name, job, plan.tasks, "slurm", plan.folder, submitted[-1:]))
+        journal.add(run, Submission.of(plan.stage.name, job, plan.tasks, "slurm", plan.folder, submitted[-1:]))
         array = f"_[0-{plan.tasks - 1}]" if plan.tasks else ""
         print(f"{plan.stage.name:<10}job {job + array:<14}logs {plan.folder}/{job}_*_log.*")
         submitted.append(job)
@@ -155,8 +154,8 @@ def to_slurm(plans: Sequence[Plan], config: Config, dependency: str | None) -> N
 
 
 def to_this_machine(plans: Sequence[Plan], config: Config) -> None:
-    """Run all here, one after the other, and show what they say. Raises ConfigError when one fails."""
-    run = Path(config.run)
+    """Run all plans here, one after the other, and show their logs. Raises ConfigError when one fails."""
+    run = config.run_dir
     os.environ["PYTHONPATH"] = os.pathsep.join([str(journal.copy_code(run)), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     for plan in plans:
         print(f"{plan.stage.name}: on this machine; logs in {plan.folder}")
@@ -167,12 +166,12 @@ def to_this_machine(plans: Sequence[Plan], config: Config) -> None:
             at_once = [waiting.pop(0) for _ in waiting[: plan.resources.array_parallelism]]
             jobs = [executor.submit(job) for job in at_once]
             name = ",".join(job.job_id for job in jobs)
-            journal.add(run, Entry.of(plan.stage.name, name, plan.tasks, "local", plan.folder, []))
+            journal.add(run, Submission.of(plan.stage.name, name, plan.tasks, "local", plan.folder, []))
             _wait(jobs, plan)
 
 
 def _wait(jobs: Sequence[Job[None]], plan: Plan) -> None:
-    """Until all have ended, showing what the first one's rank 0 says."""
+    """Wait for all jobs, and show the log of the first one's rank 0."""
     try:
         with jobs[0].paths.stderr.open("a+") as log:
             log.seek(0)
@@ -190,26 +189,26 @@ def _wait(jobs: Sequence[Job[None]], plan: Plan) -> None:
 
 
 def dry_run(plans: Sequence[Plan], config: Config, on_slurm: bool) -> None:
-    """Print what would be submitted."""
+    """Print the batch scripts, or the local parameters, and the recipe."""
     for plan in plans:
         print(f"# ---- {plan.stage.name}: {f'an array of {plan.tasks} tasks' if plan.tasks else 'one job'}")
-        print(plan.script(journal.code_folder(Path(config.run))) if on_slurm else plan.resources.local())
-    print(f"# ---- the recipe\n{OmegaConf.to_yaml(OmegaConf.structured(config))}")
+        print(plan.script(journal.code_folder(config.run_dir)) if on_slurm else plan.resources.local())
+    print(f"# ---- the recipe\n{recipe.to_yaml(config)}")
 
 
 def _setup(code: Path) -> list[str]:
-    """A job runs the copy of the program that was made as it was submitted."""
+    """Return shell lines that make a job import the copy of the package that was made at submission."""
     return [f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
-    parser = argparse.ArgumentParser(prog="python launch/submit.py", description="Send stages to Slurm, or to this machine.")
-    parser.add_argument("--stage", required=True, choices=[*STAGES, "all"], help="all: one after the other")
-    parser.add_argument("--cluster", choices=["auto", "slurm", "local"], default="auto", help="auto: Slurm where it answers")
+    parser = cli.Parser(prog="weakclip submit", description="Submit stages to Slurm, or run them here.")
+    parser.add_argument("--stage", required=True, choices=[*STAGES, "all"], help="all: the whole chain, one after the other")
+    parser.add_argument("--cluster", choices=["auto", "slurm", "local"], default="auto", help="auto: Slurm if it answers")
     defaults = environment.get("WEAKCLIP_CLUSTER")
-    parser.add_argument("--defaults", type=Path, metavar="FILE", default=defaults and Path(defaults), help="$WEAKCLIP_CLUSTER")
-    parser.add_argument("--dependency", metavar="TEXT", help="what the first job waits for, such as afterok:123")
-    parser.add_argument("--name", metavar="TEXT", help="the jobs' name (default: the run's)")
+    parser.add_argument("--defaults", type=Path, metavar="FILE", default=defaults and Path(defaults), help="cluster defaults")
+    parser.add_argument("--dependency", metavar="TEXT", help="dependency of the first job, such as afterok:123")
+    parser.add_argument("--name", metavar="TEXT", help="prefix of the jobs' names (default: the run's)")
     parser.add_argument("--dry-run", action="store_true", help="print the batch scripts and the recipe; submit nothing")
     add_options(parser)
     config, options = cli.parse_config(parser, arguments)
@@ -218,7 +217,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
     if options.dry_run:
         dry_run(plans, config, on_slurm)
         return
-    check_free(Path(config.run), on_slurm)
+    check_free(config.run_dir, on_slurm)
     if plans and on_slurm:
         to_slurm(plans, config, options.dependency)
     elif plans:
@@ -226,4 +225,4 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
 
 
 if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])
+    cli.run(main)

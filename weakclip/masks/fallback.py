@@ -1,7 +1,8 @@
-"""An image's likely classes: those that win at least one pixel, and their probabilities."""
+"""The likely classes of an image, however large it is: where memory runs out, the image is processed in smaller parts."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -10,65 +11,71 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weakclip.config import Config
+from weakclip.config import InferenceConfig
 from weakclip.data.sample import DecodedSample
 from weakclip.masks import sliding_window
+from weakclip.masks.mask_folder import MaskSettings
+from weakclip.runtime.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
-class NotFinite(ValueError):
-    """The network's probabilities are NaN or infinite; the message names the image."""
+class NotFiniteError(UserError):
+    """The network's probabilities are NaN or infinite. The message names the image."""
+
+
+class ImageTooLargeError(UserError):
+    """An image does not fit into memory in any way. The message names it and its size."""
 
 
 class Likely(NamedTuple):
+    """The classes that win at least one pixel of an image, n of them, and their probabilities."""
+
     classes_n: np.ndarray
     """int64, ascending."""
     probs_nHW: np.ndarray
-    """float32; what is missing to one belongs to classes that win no pixel, or that the labels exclude."""
+    """float32. Their sum is below one where classes that win no pixel, or that the labels exclude, have a share."""
 
 
 Rows = Callable[[], Iterator[list[Tensor]]]
-"""Gives probabilities as rows of tiles, K x h x w each, as often as it is called."""
+"""Yields probabilities as rows of tiles, K x h x w each, every time it is called."""
 
 
-def likely(predictor: sliding_window.Predictor, sample: DecodedSample, config: Config, say: Callable[[str], object]) -> Likely:
-    """The likely classes of `sample`: of all, or with `pseudo.restrict_to_labels` of background and its labels.
+def likely_classes(predictor: sliding_window.Predictor, sample: DecodedSample, settings: MaskSettings) -> Likely:
+    """Return the likely classes of `sample`: of all, or with `restrict_to_labels` of background and its labels.
 
-    An image too large for memory is tried in smaller parts, which `say` is told. Raises ValueError naming it where none are small
-    enough, and NotFinite.
+    An image that is too large for memory is tried in smaller parts, with a warning. Raises ImageTooLargeError where none are
+    small enough, and NotFiniteError.
     """
     H, W = sample.image.shape[:2]
+    inference, scale = settings.inference, settings.scale
+    one_window = replace(inference, window_batch=1)
     ways: dict[str, Callable[[], Rows]] = {
-        "as configured": lambda: _whole(predictor, sample, config),
-        "with one window at a time": lambda: _whole(predictor, sample, _one_window(config)),
-        "strip by strip": lambda: sliding_window.predict_in_strips(
-            predictor, sample.image, _one_window(config).pseudo, config.data.scale
-        ),
+        "as configured": lambda: _whole(predictor, sample, inference, scale),
+        "with one window at a time": lambda: _whole(predictor, sample, one_window, scale),
+        "strip by strip": lambda: sliding_window.predict_in_strips(predictor, sample.image, one_window, scale),
     }
     for way, rows in ways.items():
         if way != "as configured":
-            say(f"{sample.key}: {H} x {W} pixels do not fit into memory; trying again {way}")
+            _log.warning("%s: %d x %d pixels do not fit into memory; trying again %s", sample.key, H, W, way)
         try:
-            return _occurring(rows(), sample, config)
+            return _occurring(rows(), sample, inference.restrict_to_labels)
         except (MemoryError, RuntimeError) as error:
-            if not _is_want_of_memory(error):
+            if not _is_out_of_memory(error):
                 raise
         if predictor.device.type == "cuda":
             torch.cuda.empty_cache()
-    raise ValueError(f"{sample.key}: {H} x {W} pixels do not fit into memory, not even {way}; make the image smaller")
+    raise ImageTooLargeError(f"{sample.key}: {H} x {W} pixels do not fit into memory, not even {way}; make the image smaller")
 
 
-def _one_window(config: Config) -> Config:
-    return replace(config, pseudo=replace(config.pseudo, window_batch=1))
-
-
-def _whole(predictor: sliding_window.Predictor, sample: DecodedSample, config: Config) -> Rows:
-    tiles = sliding_window.predict_tiles(predictor, sample.image, config.pseudo, config.data.scale)
+def _whole(predictor: sliding_window.Predictor, sample: DecodedSample, inference: InferenceConfig, scale: list[int]) -> Rows:
+    tiles = sliding_window.predict_tiles(predictor, sample.image, inference, scale)
     return lambda: iter(tiles)
 
 
-def _occurring(rows: Rows, sample: DecodedSample, config: Config) -> Likely:
-    """Two rounds, since a class that wins in any tile is wanted in all."""
-    allowed = np.array([0, *sample.classes]) if config.pseudo.restrict_to_labels else None
+def _occurring(rows: Rows, sample: DecodedSample, restrict_to_labels: bool) -> Likely:
+    """Two passes over the tiles, since a class that wins in any tile is needed in all."""
+    allowed = np.array([0, *sample.classes]) if restrict_to_labels else None
     found = [_winners(probs_Khw, allowed, sample.key) for row in rows() for probs_Khw in row]
     classes_n = np.unique(np.concatenate(found))
     wanted_n, top = torch.from_numpy(classes_n), 0
@@ -81,16 +88,16 @@ def _occurring(rows: Rows, sample: DecodedSample, config: Config) -> Likely:
 
 
 def _winners(probs_Khw: Tensor, allowed: np.ndarray | None, key: str) -> np.ndarray:
-    """Classes, int64, that are the likeliest of `allowed` (None: of all) somewhere."""
+    """Return the classes, int64, that are the likeliest of `allowed` (None: of all) somewhere."""
     highest_K = probs_Khw.amax((1, 2)).cpu()
     if not highest_K.isfinite().all():
-        raise NotFinite(f"{key}: the network's probabilities are not finite numbers")
+        raise NotFiniteError(f"{key}: the network's probabilities are not finite numbers")
     if allowed is None:  # probabilities sum to one: what stays under 1/K everywhere wins nowhere, and needs no look
         allowed = (highest_K > 0.9 / len(highest_K)).nonzero()[:, 0].numpy()
     winners_hw = probs_Khw[torch.from_numpy(allowed)].max(0).indices  # argmax's, in a quarter of its time on a CPU
     return allowed[winners_hw.unique().cpu().numpy()]
 
 
-def _is_want_of_memory(error: Exception) -> bool:
-    """Of the device (torch.OutOfMemoryError), of Python, or of torch on the CPU, whose error has no class of its own."""
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether the device (torch.OutOfMemoryError), Python, or torch on the CPU, whose error has no class, ran out of memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

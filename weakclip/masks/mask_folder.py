@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +14,57 @@ import numpy as np
 from PIL import Image
 
 from weakclip import labels
-from weakclip.config import Config, ConfigError
+from weakclip.config import Config, ConfigError, InferenceConfig, SeedConfig
+from weakclip.data.codecs import encode_mask_png
 from weakclip.data.index import Entry, ShardError, sha256
 from weakclip.runtime.atomic import write_whole
 
 
-def about(config: Config, weights: Path) -> dict[str, Any]:
-    """What decides how the masks come out, for JSON."""
-    decides = {name: value for name, value in asdict(config.pseudo).items() if name not in ("processes", "soft")}
-    return {"weights": sha256(weights), "scale": config.data.scale, **decides}
+@dataclass(frozen=True)
+class MaskSettings:
+    """How masks are predicted, and which seeds they are compared with on the way."""
+
+    inference: InferenceConfig
+    scale: list[int]
+    """`data.scale`."""
+    seeds: SeedConfig
+    workers: int
+    """Loader processes: `data.workers`."""
+
+    @classmethod
+    def of(cls, config: Config) -> MaskSettings:
+        """Return those of a recipe's pseudo masks."""
+        return cls(config.pseudo, config.data.scale, config.seeds, config.data.workers)
 
 
-def read_about(folder: Path) -> dict[str, Any] | None:
-    """What made the masks in `folder`; None where none have been begun."""
+def provenance(settings: MaskSettings, weights: Path) -> dict[str, Any]:
+    """Return what decides the pixels of the masks, for JSON."""
+    decides = {name: value for name, value in asdict(settings.inference).items() if name not in ("processes", "soft")}
+    return {"weights": sha256(weights), "scale": settings.scale, **decides}
+
+
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """Return what made the masks in `folder`; None where none have been started."""
     note = folder / "about.json"
     return json.loads(note.read_text()) if note.is_file() else None
 
 
-def claim(folder: Path, config: Config, weights: Path) -> None:
-    """Make `folder`, or see that what is in it was made by the same weights and options.
+def open_for_writing(folder: Path, settings: MaskSettings, weights: Path) -> None:
+    """Create `folder`, or check that its masks were made with the same weights and settings.
 
-    Raises ConfigError when it was not: masks of two models are never mixed.
+    Raises ConfigError when they were not: masks of two models are never mixed.
     """
-    now, earlier = about(config, weights), read_about(folder)
+    now, earlier = provenance(settings, weights), read_provenance(folder)
     if earlier is not None and earlier != now:
         raise ConfigError(
-            f"{folder} holds masks of other weights or options (see {folder}/about.json); give another --out or remove it"
+            f"{folder} holds masks of other weights or settings (see {folder}/about.json); choose another --out or remove it"
         )
     if earlier is None:
         folder.mkdir(parents=True, exist_ok=True)
-        # Other tasks of an array may be claiming it at this moment, or have been killed as they did.
-        if any(
-            path.name != "about.json" and path.suffix != ".partial" for path in folder.iterdir() if read_about(folder) is None
-        ):
-            raise ConfigError(f"{folder} holds files that are no pseudo masks; give another --out")
+        # Other tasks of an array may be creating it at this moment, or may have been killed as they did.
+        others = (path for path in folder.iterdir() if path.name != "about.json" and path.suffix != ".partial")
+        if any(read_provenance(folder) is None for _ in others):
+            raise ConfigError(f"{folder} holds files that are not pseudo masks; choose another --out")
         write_whole(folder / "about.json", json.dumps(now, indent=1) + "\n")
 
 
@@ -88,30 +105,21 @@ def save_soft(classes_n: np.ndarray, probs_nHW: np.ndarray, path: Path) -> None:
 
 
 def save(mask_HW: np.ndarray, path: Path) -> None:
-    write_whole(path, encode(mask_HW))
-
-
-def encode(mask_HW: np.ndarray) -> bytes:
-    """A palette PNG."""
-    picture = Image.fromarray(mask_HW)
-    picture.putpalette(labels.palette())
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
+    write_whole(path, encode_mask_png(mask_HW))
 
 
 def read(folder: Path, key: str) -> np.ndarray:
-    """The mask KEY.png, uint8 H x W. Raises ValueError naming the file when it is missing or no 8-bit mask."""
+    """Return the mask KEY.png, uint8 H x W. Raises ShardError naming the file when it is missing or not an 8-bit mask."""
     path = folder / f"{key}.png"
     try:
         with Image.open(path) as picture:
             if picture.mode not in ("P", "L"):
-                raise ValueError(f"{path}: a mask is an 8-bit palette or grey PNG, this is {picture.mode}")
+                raise ShardError(f"{path}: a mask is an 8-bit palette or grey PNG, this is {picture.mode}")
             return np.array(picture)
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing; write it with python -m weakclip.pseudo") from None
+        raise ShardError(f"{path}: missing; write it with python -m weakclip.pseudo") from None
     except OSError as error:
-        raise ValueError(f"{path}: {error}; remove it and run python -m weakclip.pseudo again") from None
+        raise ShardError(f"{path}: {error}; remove it and run python -m weakclip.pseudo again") from None
 
 
 def read_soft(folder: Path, key: str) -> np.ndarray:
@@ -125,10 +133,7 @@ def read_target(folder: Path, key: str, size: tuple[int, int], num_classes: int)
 
     Raises ShardError naming the file when it is missing, damaged, of another size than its picture or of other classes.
     """
-    try:
-        mask_HW = read(folder, key)
-    except ValueError as error:
-        raise ShardError(str(error)) from error
+    mask_HW = read(folder, key)
     if mask_HW.shape != size:
         raise ShardError(f"{folder / key}.png: {mask_HW.shape[1]} x {mask_HW.shape[0]}, but the picture is {size[1]} x {size[0]}")
     highest = mask_HW.max(where=mask_HW != labels.IGNORE, initial=0)

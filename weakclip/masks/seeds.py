@@ -81,8 +81,14 @@ def cam_maps(sample: DecodedSample | OpenSample) -> np.ndarray:
 
 
 def seed_mask(sample: DecodedSample | OpenSample, config: SeedConfig) -> np.ndarray:
-    """The sample's own seed mask, or the one its CAM gives: uint8 H x W."""
+    """Return the seed mask that training, evaluation, statistics and visualisations use for a sample, uint8 H x W.
+
+    It is the sample's own seed mask where it has one. Otherwise its CAM gives the seed mask by the two thresholds of `config`,
+    with `config.crf` refined by a dense CRF. Raises ShardError where a labelled sample has neither.
+    """
     if sample.seed is not None:
         return sample.seed
-    classes = sample.cam.classes if sample.cam else ()
-    return cam_to_seed(cam_maps(sample), classes, config.background, config.foreground)
+    maps_nHW, classes = cam_maps(sample), sample.cam.classes if sample.cam else ()
+    if config.crf is None:
+        return cam_to_seed(maps_nHW, classes, config.background, config.foreground)
+    return refined_seed(maps_nHW, classes, sample.image, config.background, config.foreground, config.crf)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weakclip.config import PseudoConfig
+from weakclip.config import InferenceConfig
 from weakclip.data import transforms
 from weakclip.data.photometric import Normalisation
 from weakclip.masks.upsampling import TILE, WHOLE, Grid, Pass, Tiles, add_probabilities, blank, joined, logits_of
@@ -46,7 +46,7 @@ class View(NamedTuple):
 
 
 @torch.inference_mode()
-def predict(predictor: Predictor, image_HW3: np.ndarray, config: PseudoConfig, scale: Sequence[int]) -> Tensor:
+def predict(predictor: Predictor, image_HW3: np.ndarray, config: InferenceConfig, scale: Sequence[int]) -> Tensor:
     """Probabilities, float32 K x H x W on the predictor's device, averaged over scales and mirror images.
 
     image_HW3: uint8 RGB. scale: `data.scale`.
@@ -56,17 +56,17 @@ def predict(predictor: Predictor, image_HW3: np.ndarray, config: PseudoConfig, s
 
 
 @torch.inference_mode()
-def predict_tiles(predictor: Predictor, image_HW3: np.ndarray, config: PseudoConfig, scale: Sequence[int]) -> Tiles:
+def predict_tiles(predictor: Predictor, image_HW3: np.ndarray, config: InferenceConfig, scale: Sequence[int]) -> Tiles:
     """The same in tiles of TILE pixels, or in one on a GPU."""
     return _tiles(predictor, image_HW3, scaled_sizes(image_HW3, config, scale), config)
 
 
-def average(predictor: Predictor, image_HW3: np.ndarray, sizes: Sequence[Size], config: PseudoConfig) -> Tensor:
+def average(predictor: Predictor, image_HW3: np.ndarray, sizes: Sequence[Size], config: InferenceConfig) -> Tensor:
     """Mean probabilities, float32 K x H x W, over the image resized to `sizes` (H, W), and over their mirror images."""
     return joined(_tiles(predictor, image_HW3, sizes, config))
 
 
-def _tiles(predictor: Predictor, image_HW3: np.ndarray, sizes: Sequence[Size], config: PseudoConfig) -> Tiles:
+def _tiles(predictor: Predictor, image_HW3: np.ndarray, sizes: Sequence[Size], config: InferenceConfig) -> Tiles:
     H, W = image_HW3.shape[:2]
     seen, tile = views(sizes, config), TILE if predictor.device.type == "cpu" else WHOLE
     total = blank(predictor.num_classes, H, W, tile, predictor.device)
@@ -77,7 +77,7 @@ def _tiles(predictor: Predictor, image_HW3: np.ndarray, sizes: Sequence[Size], c
 
 @torch.inference_mode()
 def predict_in_strips(
-    predictor: Predictor, image_HW3: np.ndarray, config: PseudoConfig, scale: Sequence[int]
+    predictor: Predictor, image_HW3: np.ndarray, config: InferenceConfig, scale: Sequence[int]
 ) -> Callable[[], Iterator[list[Tensor]]]:
     """For images too large for `predict_tiles`: a function that gives its rows of tiles, one at a time and in host memory.
 
@@ -97,7 +97,7 @@ def predict_in_strips(
     return strips
 
 
-def slide(predictor: Predictor, x_3HW: Tensor, config: PseudoConfig) -> Tensor:
+def slide(predictor: Predictor, x_3HW: Tensor, config: InferenceConfig) -> Tensor:
     """Logits, float32 K x H x W, of a normalised image: windows, averaged where they overlap."""
     view = View((x_3HW.shape[1], x_3HW.shape[2]), mirrored=False)
     logits = _forwards(predictor, _windows(view, x_3HW, config), config.window_batch)
@@ -107,16 +107,16 @@ def slide(predictor: Predictor, x_3HW: Tensor, config: PseudoConfig) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------ parts
 
 
-def scaled_sizes(image_HW3: np.ndarray, config: PseudoConfig, scale: Sequence[int]) -> list[Size]:
+def scaled_sizes(image_HW3: np.ndarray, config: InferenceConfig, scale: Sequence[int]) -> list[Size]:
     H, W = image_HW3.shape[:2]
     return [transforms.scaled_size(H, W, scale, factor) for factor in config.scales]
 
 
-def views(sizes: Sequence[Size], config: PseudoConfig) -> list[View]:
+def views(sizes: Sequence[Size], config: InferenceConfig) -> list[View]:
     return [View(size, mirrored) for size in sizes for mirrored in ((False, True) if config.flip else (False,))]
 
 
-def passes(predictor: Predictor, image_HW3: np.ndarray, seen: Iterable[View], config: PseudoConfig) -> Iterator[Pass]:
+def passes(predictor: Predictor, image_HW3: np.ndarray, seen: Iterable[View], config: InferenceConfig) -> Iterator[Pass]:
     """The image's views through the network, each as soon as all its windows are there; views with windows of one shape follow
     each other, so that one open view and one batch is all that is held."""
     ordered = sorted(seen, key=lambda view: _shape(view.size, config))
@@ -132,12 +132,12 @@ def passes(predictor: Predictor, image_HW3: np.ndarray, seen: Iterable[View], co
     return (_side_by_side(predictor, view, logits, image, config) for view in ordered)
 
 
-def _shape(size: Size, config: PseudoConfig) -> Size:
+def _shape(size: Size, config: InferenceConfig) -> Size:
     """Of windows, pixels."""
     return min(config.window, size[0]), min(config.window, size[1])
 
 
-def _windows(view: View, x_3HW: Tensor, config: PseudoConfig) -> Iterator[Tensor]:
+def _windows(view: View, x_3HW: Tensor, config: InferenceConfig) -> Iterator[Tensor]:
     """3 x h x w each, row by row."""
     h, w = _shape(view.size, config)
     for y in starts(view.size[0], config.window, config.stride):
@@ -162,7 +162,7 @@ def _padded(side: int, predictor: Predictor) -> int:
     return max(side, predictor.least_side)
 
 
-def _side_by_side(predictor: Predictor, view: View, logits: Iterator[Tensor], image: Size, config: PseudoConfig) -> Pass:
+def _side_by_side(predictor: Predictor, view: View, logits: Iterator[Tensor], image: Size, config: InferenceConfig) -> Pass:
     """The next windows of `logits`, which are those of `view`. image: H, W that they are wanted at."""
     down, across = (starts(side, config.window, config.stride) for side in view.size)
     logits_Krc = torch.cat([torch.cat([next(logits) for _ in across], dim=2) for _ in down], dim=1)

@@ -1,43 +1,131 @@
-"""From an image's likely classes to its files: the CRF, KEY.npz, KEY.png."""
+"""Writing masks: network -> likely classes -> dense CRF -> KEY.png, for all samples of a part of a shard set."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from weakclip.config import Config, CrfConfig
+from weakclip.config import CrfConfig
+from weakclip.data.index import Index, select_shards
 from weakclip.data.sample import DecodedSample
+from weakclip.data.stream import StoredSamples
 from weakclip.masks import crf, mask_folder
-from weakclip.masks.fallback import Likely
+from weakclip.masks.fallback import Likely, NotFiniteError, likely_classes
+from weakclip.masks.mask_folder import MaskSettings
 from weakclip.masks.seeds import seed_mask
-from weakclip.masks.statistics import Quality, measure
+from weakclip.masks.sliding_window import Predictor
+from weakclip.masks.statistics import Curves, Quality, measure
+from weakclip.runtime.workers import WorkerPool, map_in_threads
+
+_log = logging.getLogger(__name__)
 
 
 class Unfinished(NamedTuple):
-    """What a process is handed to finish an image."""
+    """An image after the network: what a worker needs to run the CRF and write the files."""
 
     sample: DecodedSample
     found: Likely
     num_classes: int
-    config: Config
+    settings: MaskSettings
     folder: Path
 
 
+def predict_mask(predictor: Predictor, sample: DecodedSample, settings: MaskSettings) -> np.ndarray:
+    """Return the mask of one sample, uint8 H x W of class indices."""
+    return mask_of(likely_classes(predictor, sample, settings), sample.image, settings.inference.crf)
+
+
 def mask_of(found: Likely, image_HW3: np.ndarray, config: CrfConfig | None) -> np.ndarray:
-    """uint8 H x W of class indices, after the dense CRF unless that is null."""
+    """Return the mask, uint8 H x W of class indices, after the dense CRF unless `config` is None. image_HW3: uint8 RGB."""
     if config is None:
         return found.classes_n[found.probs_nHW.argmax(0)].astype(np.uint8)
     return found.classes_n[crf.refine(found.probs_nHW, image_HW3, config)].astype(np.uint8)
 
 
 def finish(work: Unfinished) -> Quality:
-    """Write the files of one image. The mask comes last: where it is, the image is done. Raises OSError naming the file."""
-    sample, config = work.sample, work.config
-    mask_HW = mask_of(work.found, sample.image, config.pseudo.crf)
-    if config.pseudo.soft:
+    """Write the files of one image. The mask comes last: where it exists, the image is done. Raises OSError naming the file."""
+    sample, inference = work.sample, work.settings.inference
+    mask_HW = mask_of(work.found, sample.image, inference.crf)
+    if inference.soft:
         mask_folder.save_soft(work.found.classes_n, work.found.probs_nHW, mask_folder.soft_path(work.folder, sample.key))
     mask_folder.save(mask_HW, work.folder / f"{sample.key}.png")
-    seed_HW = None if sample.seed is None and sample.cam is None else seed_mask(sample, config.seeds)
+    seed_HW = None if sample.seed is None and sample.cam is None else seed_mask(sample, work.settings.seeds)
     return measure(mask_HW, work.found, seed_HW, work.num_classes)
+
+
+def write_masks(
+    predictor: Predictor,
+    settings: MaskSettings,
+    samples: Iterable[DecodedSample],
+    out: Path,
+    curves: Curves,
+    workers: WorkerPool,
+) -> None:
+    """Write KEY.png of every sample into `out`; a mask that exists is left alone.
+
+    The network runs here. `workers` receive the likely classes alone, run the CRF and write the files, while the network
+    computes the next image. On a CPU as many images are in flight as there are workers, each on one core from the network to
+    its files.
+    """
+    inference, unlabelled = settings.inference, list[str]()
+
+    def missing() -> Iterator[DecodedSample]:
+        for sample in samples:
+            if mask_folder.is_made(out, sample.key, inference.soft):
+                continue
+            if inference.restrict_to_labels and not sample.classes:
+                unlabelled.append(sample.key)
+            yield sample
+
+    def unfinished(sample: DecodedSample) -> Unfinished:
+        found = likely_classes(predictor, sample, settings)
+        return Unfinished(replace(sample, mask=None), found, predictor.num_classes, settings, out)
+
+    if predictor.device.type == "cpu" and workers.processes > 1:
+        made = map_in_threads(lambda sample: workers.run(finish, unfinished(sample)), workers.processes, missing())
+    else:
+        made = workers.map(finish, map(unfinished, missing()))
+    for quality in made:
+        curves.add(quality)
+    if unlabelled:
+        some = ", ".join(unlabelled[:10]) + (", ..." if len(unlabelled) > 10 else "")
+        _log.warning("%d images have no label, so their masks are background alone: %s", len(unlabelled), some)
+
+
+def write_part(
+    load_predictor: Callable[[], Predictor],
+    settings: MaskSettings,
+    index: Index,
+    part: str | None,
+    weights: Path,
+    out: Path,
+    tensorboard: Path,
+) -> None:
+    """Write the masks of the shards `part` ("A:B", None: all) of a set into `out`; masks that exist are left alone.
+
+    load_predictor: called only if a mask is missing; the network with the weights in the file `weights`. tensorboard: folder
+    of the curves. Raises UserError when `out` holds other masks or the weights give no finite numbers.
+    """
+    entries = select_shards(index, part)
+    mask_folder.open_for_writing(out, settings, weights)
+    mask_folder.remove_unfinished(out, entries)
+    missing = mask_folder.missing(out, entries, settings.inference.soft)
+    if not missing:
+        return
+    predictor = load_predictor()
+    samples = StoredSamples(index, missing, settings.workers)
+    board = tensorboard / out.name / ("" if part is None else f"shards-{part.replace(':', '-')}")
+    curves = Curves(board, len(entries) - len(missing))
+    try:
+        with WorkerPool(settings.inference.processes) as workers:
+            write_masks(predictor, settings, tqdm(samples, "masks", unit=" images", disable=None), out, curves, workers)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{weights}: {error}") from None
+    finally:
+        _log.info(curves.close())

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weakclip.config import ClipConfig, ConfigError
+from weakclip.models.positions import resize_positions
 from weakclip.models.pretrained import load_clip, open_clip
 
 
@@ -34,7 +35,7 @@ class VisionTower(nn.Module):
         self.class_embedding: nn.Parameter = visual.class_embedding
         self.proj: nn.Parameter = visual.proj
         self.grid = config.image_size // self.patch
-        self.positional_embedding = nn.Parameter(_resize_positions(visual.positional_embedding.detach(), self.grid, self.grid))
+        self.positional_embedding = nn.Parameter(resize_positions(visual.positional_embedding.detach(), (self.grid, self.grid)))
         self.blocks = visual.transformer.resblocks
         depth = len(self.blocks)
         self.taps = tuple(config.taps or (round(depth * part) - 1 for part in (1 / 3, 1 / 2, 2 / 3, 1)))
@@ -58,7 +59,7 @@ class VisionTower(nn.Module):
         """The tokens that enter the first block, B x (1 + h x w) x D: the class token, then the patches row by row."""
         patches_BDhw = self.conv1(images_B3HW)
         B, D, h, w = patches_BDhw.shape
-        positions_LD = _resize_positions(self.positional_embedding, h, w)
+        positions_LD = resize_positions(self.positional_embedding, (h, w))
         cls_B1D = (self.class_embedding + positions_LD[0]).to(patches_BDhw.dtype).expand(B, 1, D)
         x_BLD = torch.cat([cls_B1D, patches_BDhw.flatten(2).transpose(1, 2) + positions_LD[1:]], dim=1)
         return self.ln_pre(x_BLD)
@@ -129,16 +130,6 @@ def tokenize(names: Sequence[str], length: int | None = None) -> Tensor:
             raise ConfigError(f"class name {name!r} takes {len(ids)} tokens; set clip.name_tokens to {len(ids)} or more")
         ids_KL[row, : len(ids)] = torch.tensor(ids)
     return ids_KL
-
-
-def _resize_positions(embedding_LD: Tensor, h: int, w: int) -> Tensor:
-    """Position embedding for an h x w grid, by bilinear interpolation; row 0 (class token) stays."""
-    side = round((embedding_LD.shape[0] - 1) ** 0.5)
-    if (h, w) == (side, side):
-        return embedding_LD
-    grid_1Dhw = embedding_LD[1:].T.reshape(1, -1, side, side)
-    grid_1Dhw = F.interpolate(grid_1Dhw, size=(h, w), mode="bilinear")
-    return torch.cat([embedding_LD[:1], grid_1Dhw.flatten(2)[0].T])
 
 
 def _run(block: Any, x_BLD: Tensor, drop_path: float = 0.0, causal: bool = False) -> Tensor:

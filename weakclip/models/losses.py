@@ -6,6 +6,8 @@ B images, K classes, GG the grid's height and width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -13,34 +15,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weakclip import registry
 from weakclip.config import LossConfig
 from weakclip.data.photometric import IMAGENET, Normalisation
 from weakclip.labels import IGNORE
 from weakclip.masks.crf import BOUNDARY, dense_crf
 from weakclip.models.decoder import resize
+from weakclip.registry import LOSSES
 
 
-def weakclip_losses(
-    logits_BKhw: Tensor,
-    scores_BKhw: Tensor,
-    seeds_BHW: Tensor,
-    images_B3HW: Tensor,
-    config: LossConfig,
-    normalisation: Normalisation = IMAGENET,
-) -> dict[str, Tensor]:
-    """The losses by name; their sum is what is minimised.
+@dataclass(frozen=True)
+class LossInputs:
+    """What the losses of one batch are computed from. weakclip.registry.LOSSES lists the functions that take it."""
 
-    logits: decoder's output. scores: score map in -1..1. seeds: int64 at the image's size. images: normalised.
-    """
-    _, probs_BKGG, seeds_BGG = on_grid(logits_BKhw, seeds_BHW, config)
-    losses = {"seeding": seeding_loss(probs_BKGG, seeds_BGG, config.balance)}
-    if config.boundary:
-        images_BGG3 = crf_images(images_B3HW, config.grid, normalisation, config.truncate_image)
-        target_BKGG = boundary_target(probs_BKGG.detach(), images_BGG3)
-        losses["boundary"] = boundary_loss(probs_BKGG, target_BKGG, config.ratio_clamp)
-    if config.auxiliary:
-        losses["auxiliary"] = config.auxiliary * auxiliary_loss(scores_BKhw, seeds_BHW, config.tau)
-    return losses
+    logits_BKhw: Tensor
+    """The decoder's output."""
+    scores_BKhw: Tensor
+    """The score map, -1..1."""
+    seeds_BHW: Tensor
+    """int64 at the image's size: class indices and 255."""
+    images_B3HW: Tensor
+    """Normalised."""
+    config: LossConfig
+    normalisation: Normalisation = IMAGENET
+
+    @cached_property
+    def grid(self) -> OnGrid:
+        """Logits, probabilities and seeds at the resolution of the seeding and the boundary loss."""
+        return on_grid(self.logits_BKhw, self.seeds_BHW, self.config)
+
+
+def weighted_losses(inputs: LossInputs) -> dict[str, Tensor]:
+    """Return the losses with a positive `loss.weights`, by name, each times its weight; their sum is what is minimised."""
+    weights = {name: inputs.config.weights.get(name, 0.0) for name in LOSSES}
+    return {name: weights[name] * registry.load(path)(inputs) for name, path in LOSSES.items() if weights[name]}
+
+
+def seeding(inputs: LossInputs) -> Tensor:
+    """Return the cross-entropy on seeded pixels, a scalar; see `seeding_loss`."""
+    return seeding_loss(inputs.grid.probs_BKGG, inputs.grid.seeds_BGG, inputs.config.balance)
+
+
+def boundary(inputs: LossInputs) -> Tensor:
+    """Return the divergence of the network's probabilities from what a dense CRF makes of them, a scalar; see `boundary_loss`."""
+    config, probs_BKGG = inputs.config, inputs.grid.probs_BKGG
+    images_BGG3 = crf_images(inputs.images_B3HW, config.grid, inputs.normalisation, config.truncate_image)
+    return boundary_loss(probs_BKGG, boundary_target(probs_BKGG.detach(), images_BGG3), config.ratio_clamp)
+
+
+def auxiliary(inputs: LossInputs) -> Tensor:
+    """Return the cross-entropy of the score map, a scalar; see `auxiliary_loss`."""
+    return auxiliary_loss(inputs.scores_BKhw, inputs.seeds_BHW, inputs.config.tau)
 
 
 class OnGrid(NamedTuple):

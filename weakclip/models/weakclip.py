@@ -1,20 +1,14 @@
-"""WeakCLIP: a frozen CLIP and what is trained around it.
-
-`python -m weakclip.models.weakclip --config FILE [key=value ...]` prints the parameter counts by module.
-"""
+"""WeakCLIP: a frozen CLIP and what is trained around it (Zhu et al., IJCV 2025, section 3)."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from weakclip import cli, labels
 from weakclip.config import Config, ConfigError
 from weakclip.data.photometric import NORMALISATIONS
 from weakclip.masks.sliding_window import Predictor
@@ -22,7 +16,7 @@ from weakclip.models.adapter import PyramidAdapter
 from weakclip.models.clip import FrozenClip, tokenize
 from weakclip.models.decoder import TextGuidedDecoder
 from weakclip.models.interface import Targets, Trained
-from weakclip.models.losses import weakclip_losses
+from weakclip.models.losses import LossInputs, weighted_losses
 from weakclip.models.matching import CoAttentionMatching
 from weakclip.models.precision import autocast
 
@@ -105,7 +99,7 @@ class WeakCLIP(Trained):
 
     def losses(self, output: Output, targets: Targets) -> dict[str, Tensor]:
         """Of weakclip.models.losses, by name; their sum is what is minimised."""
-        return weakclip_losses(*output, targets.seeds_BHW, targets.images_B3HW, self.loss, self.normalisation)
+        return weighted_losses(LossInputs(*output, targets.seeds_BHW, targets.images_B3HW, self.loss, self.normalisation))
 
 
 def parameter_counts(model: WeakCLIP) -> dict[str, int]:
@@ -130,22 +124,3 @@ def parameter_counts(model: WeakCLIP) -> dict[str, int]:
 
 def _parameters(part: nn.Module | list[nn.Parameter]) -> list[nn.Parameter]:
     return list(part.parameters()) if isinstance(part, nn.Module) else part
-
-
-def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m weakclip.models.weakclip", description="Parameter counts by module.")
-    config = cli.parse_config(parser, arguments)[0]
-    counts = parameter_counts(WeakCLIP(config, labels.class_names(config.classes)))
-    for name, count in counts.items():
-        if name not in ("trainable", "without gradient", "total"):
-            print(f"{name:<24}{count:>13,}")
-    share = 100 * counts["trainable"] / counts["total"]
-    print(f"{counts['trainable']:,} trainable of {counts['total']:,} ({share:.1f} %)")
-    if counts["without gradient"]:
-        print(
-            f"{counts['without gradient']:,} of the trainable ones never get a gradient (matching, adapter.train, prompts.words)"
-        )
-
-
-if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])

@@ -11,7 +11,7 @@ from weakclip.checkpoints import weight_files
 from weakclip.config import ConfigError
 from weakclip.data.photometric import IMAGENET, Normalisation
 
-CURE = "the file must be of the backbone that was asked for"
+OTHER_BACKBONE = "the file must be of the backbone that was asked for"
 
 
 class Network(nn.Module):

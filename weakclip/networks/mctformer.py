@@ -11,20 +11,18 @@ of one image.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weakclip.cams import gradcam
 from weakclip.checkpoints import state_dict, weight_files
 from weakclip.config import ConfigError
 from weakclip.data.transforms import Size
+from weakclip.models.attention import attention_weights
+from weakclip.models.positions import has_square_grid, resize_positions
 from weakclip.runtime.torchvision_ops import declare_missing
 
 declare_missing()
@@ -34,10 +32,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 
 # What a plain ViT has outside its blocks, and in a block's attention.
 _OUTSIDE = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"}
+_OFFSET = 0.1  # of the resized position embedding, as in the released code
 _ATTENTION = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
 
 
-class Scores(NamedTuple):
+class Logits(NamedTuple):
     """Logits of the foreground classes."""
 
     class_BC: Tensor
@@ -77,18 +76,20 @@ class MCTformer(nn.Module):
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, C + self.grid**2, D), std=0.02))
         self.head = nn.Conv2d(D, C, 3, padding=1)
 
-    def forward(self, images_B3HW: Tensor) -> Scores:
+    def forward(self, images_B3HW: Tensor) -> Logits:
         """Logits for images, normalised as for ImageNet, whose sides are multiples of the patch (`forward` in models.py)."""
         x_BTD, grid = self.embed(images_B3HW)
         x_BTD = self.blocks(x_BTD)
-        return Scores(x_BTD[:, : len(self.cls_token[0])].mean(2), self._find(x_BTD, grid).mean((2, 3)))
+        return Logits(x_BTD[:, : len(self.cls_token[0])].mean(2), self._find(x_BTD, grid).mean((2, 3)))
 
     def embed(self, images_B3HW: Tensor) -> tuple[Tensor, Size]:
         """The tokens that enter the first block, B x T x D, the classes' before the patches', and the patches' grid."""
         patches_BhwD = self.patch_embed(images_B3HW)
         B, h, w, _ = patches_BhwD.shape
         C = len(self.cls_token[0])
-        positions_1TD = torch.cat([self.pos_embed[:, :C], _resample(self.pos_embed[:, C:], (h, w))], 1)
+        positions_1TD = torch.cat(
+            [self.pos_embed[:, :C], resize_positions(self.pos_embed[0, C:], (h, w), 0, "bicubic", _OFFSET)[None]], 1
+        )
         return torch.cat([self.cls_token.expand(B, -1, -1), patches_BhwD.flatten(1, 2)], 1) + positions_1TD, (h, w)
 
     def _find(self, x_BTD: Tensor, grid: Size) -> Tensor:
@@ -108,7 +109,7 @@ class MCTformer(nn.Module):
         class_BCL, affinity_BLL = x_BTD.new_zeros(()), x_BTD.new_zeros(())
         for index, block in enumerate(self.blocks):
             qkv = block.attn.qkv
-            attention_BTT = gradcam.mean_attention(block.norm1(x_BTD), qkv.weight, qkv.bias, block.attn.num_heads)
+            attention_BTT = attention_weights(block.norm1(x_BTD), qkv.weight, qkv.bias, block.attn.num_heads)
             affinity_BLL = affinity_BLL + attention_BTT[:, C:, C:]
             if index >= first:
                 class_BCL = class_BCL + attention_BTT[:, :C, C:]
@@ -131,8 +132,10 @@ class MCTformer(nn.Module):
         except weight_files.ArchiveError as error:
             raise ConfigError(str(error)) from error
         found = {name: tensor for name, tensor in tensors.items() if not name.startswith(("head.", "norm."))}
-        if "pos_embed" in found:
-            found["pos_embed"] = _for_grid(found["pos_embed"], self.grid)
+        positions_1LD = found.get("pos_embed")
+        if positions_1LD is not None and positions_1LD.ndim == 3 and has_square_grid(positions_1LD[0]):
+            square = self.grid, self.grid
+            found["pos_embed"] = resize_positions(positions_1LD[0].float(), square, 1, "bicubic", _OFFSET)[None]
         C, D = self.cls_token.shape[1:]
         own = self.state_dict()
         head = {name: own.pop(name) for name in ("head.weight", "head.bias")}
@@ -166,64 +169,7 @@ def _is_plain(vit: Any) -> bool:
     return outside == _OUTSIDE and attention == _ATTENTION and vit.pos_embed.shape[1] == 1 + vit.patch_embed.num_patches
 
 
-def _for_grid(positions: Tensor, side: int) -> Tensor:
-    """A file's position embedding, the class token's first, for side x side patches; as it is if of no square itself."""
-    count = positions.shape[1] - 1 if positions.ndim == 3 else 0
-    if count < 1 or math.isqrt(count) ** 2 != count:
-        return positions
-    return torch.cat([positions[:, :1], _resample(positions[:, 1:].float(), (side, side))], 1)
-
-
-def _resample(positions_1LD: Tensor, grid: Size) -> Tensor:
-    """Position embedding of a square grid of patches, for another grid, 1 x h w x D: bicubic."""
-    side = math.isqrt(positions_1LD.shape[1])
-    if grid == (side, side):
-        return positions_1LD
-    # The tenth of a cell is the released code's (and DINO's); without it the size could be rounded down by one.
-    factors = (grid[0] + 0.1) / side, (grid[1] + 0.1) / side
-    grid_1Dhw = F.interpolate(positions_1LD.mT.unflatten(2, (side, side)), scale_factor=factors, mode="bicubic")
-    return grid_1Dhw.flatten(2).mT
-
-
-def losses(scores: Scores, labels_BC: Tensor) -> dict[str, Tensor]:
+def losses(logits: Logits, labels_BC: Tensor) -> dict[str, Tensor]:
     """Multi-label soft-margin losses of both scores, to be added (engine.py). labels_BC: float, 1 where the class is there."""
-    named = {"class": scores.class_BC, "patch": scores.patch_BC}
+    named = {"class": logits.class_BC, "patch": logits.patch_BC}
     return {name: F.multilabel_soft_margin_loss(logits_BC.float(), labels_BC) for name, logits_BC in named.items()}
-
-
-def activation_maps(
-    network: MCTformer,
-    image_HW3: np.ndarray,
-    classes: Sequence[int],
-    *,
-    scales: Sequence[float],
-    flip: bool,
-    attention_blocks: int,
-    affinity_steps: int,
-    scale: Sequence[int],
-    size: Size,
-) -> np.ndarray:
-    """Maps of these classes, float32 n x `size`, each from 0 to 1, or all 0 where the network finds nothing.
-
-    image_HW3: uint8 RGB. classes: indices from 1 to K - 1. scales: factors on `scale`, which is `data.scale`; the maps are
-    averaged over them and, with `flip`, over the mirror images, before they are stretched to 0..1, as in the released code.
-    affinity_steps: how often the affinity is applied, 0: not at all. size: h, w of the maps. The network is in eval mode.
-    Published: scales 1.0 and its mirror image, 3 attention blocks, 1 affinity step.
-    """
-    rows = [index - 1 for index in classes]
-
-    def maps_of(image_13HW: Tensor) -> Tensor:
-        found = network.maps(image_13HW, attention_blocks)
-        maps_nL = refine(found.maps_BChw[0, rows].flatten(1), found.affinity_BLL[0], affinity_steps)
-        return maps_nL.unflatten(1, found.maps_BChw.shape[2:])
-
-    device = network.cls_token.device
-    images = (gradcam.network_input(network.patch, image_HW3, "imagenet", scale, factor, device) for factor in scales)
-    return gradcam.average_maps(maps_of, images, flip, size)
-
-
-def refine(maps_nL: Tensor, affinity_LL: Tensor, steps: int) -> Tensor:
-    """Each patch of a map becomes what it takes of the map, `steps` times: n x L (engine.py; once there)."""
-    for _ in range(steps):
-        maps_nL = maps_nL @ affinity_LL.T
-    return maps_nL

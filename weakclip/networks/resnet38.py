@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from weakclip.checkpoints import state_dict
-from weakclip.networks.base import CURE, Network, read_backbone
+from weakclip.networks.base import OTHER_BACKBONE, Network, read_backbone
 
 
 def _conv(in_channels: int, channels: int, size: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -161,7 +161,7 @@ class ResNet38(Network):
         expected = self.trunk.state_dict()
         # The MXNet file has no such counter, and with a fixed momentum nothing reads it.
         counters = {name: tensor for name, tensor in expected.items() if name.endswith(".num_batches_tracked")}
-        state_dict.load_into(self.trunk, counters | found, f"pretrained: {path}", CURE)
+        state_dict.load_into(self.trunk, counters | found, f"pretrained: {path}", OTHER_BACKBONE)
         self.pretrained = True
         for module in (self.trunk.conv1a, *self._trunk_norms()):
             module.requires_grad_(False)

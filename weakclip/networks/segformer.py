@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from weakclip.checkpoints import state_dict
-from weakclip.networks.base import CURE, Network, read_backbone
+from weakclip.networks.base import OTHER_BACKBONE, Network, read_backbone
 from weakclip.runtime.torchvision_ops import declare_missing
 
 declare_missing()
@@ -90,7 +90,7 @@ class SegFormer(Network):
         found = {name.removeprefix("segformer."): tensor for name, tensor in read_backbone(path, "classifier.").items()}
         if hasattr(encoder, "stages"):
             found = {_renamed(name): tensor for name, tensor in found.items()}
-        state_dict.load_into(encoder, found, f"pretrained: {path}", CURE)
+        state_dict.load_into(encoder, found, f"pretrained: {path}", OTHER_BACKBONE)
 
 
 def _renamed(name: str) -> str:

@@ -15,7 +15,6 @@ Segmenter's own recipe on ADE20K: the same optimiser and schedule, learning rate
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weakclip.checkpoints import state_dict
-from weakclip.networks.base import CURE, Network, read_backbone
+from weakclip.models.positions import has_square_grid, resize_positions
+from weakclip.networks.base import OTHER_BACKBONE, Network, read_backbone
 from weakclip.runtime.torchvision_ops import declare_missing
 
 declare_missing()
 
 import timm
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 
 
@@ -106,16 +105,10 @@ class Segmenter(Network):
     def load_pretrained(self, path: Path) -> None:
         """Load DeiT's own .pth or timm's file of the backbone. Raises ConfigError where it does not fit the encoder."""
         found = read_backbone(path, "head.", "head_dist.")
-        if "pos_embed" in found:
-            found["pos_embed"] = self._resampled(found["pos_embed"])
-        state_dict.load_into(self.encoder, found, f"pretrained: {path}", CURE)
-
-    def _resampled(self, positions_1LD: Tensor) -> Tensor:
-        """The file's position embedding on the encoder's grid; as it is where it has no square grid, which the check will say."""
-        prefix = self.encoder.num_prefix_tokens
-        if positions_1LD.ndim != 3 or math.isqrt(tokens := max(positions_1LD.shape[1] - prefix, 0)) ** 2 != tokens:
-            return positions_1LD
-        grid = list(self.encoder.patch_embed.grid_size)
-        return resample_abs_pos_embed(
-            positions_1LD, grid, num_prefix_tokens=prefix, interpolation="bilinear", antialias=False, align_corners=False
-        )
+        prefix, grid = self.encoder.num_prefix_tokens, tuple(self.encoder.patch_embed.grid_size)
+        positions_1LD = found.get("pos_embed")
+        if positions_1LD is not None and positions_1LD.ndim == 3 and has_square_grid(positions_1LD[0], prefix):
+            found["pos_embed"] = resize_positions(positions_1LD[0].float(), grid, prefix)[
+                None
+            ]  # others: the check below names them
+        state_dict.load_into(self.encoder, found, f"pretrained: {path}", OTHER_BACKBONE)

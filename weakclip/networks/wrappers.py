@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weakclip import registry
 from weakclip.config import Config
 from weakclip.data.photometric import IMAGENET
-from weakclip.data.sample import Cam, DecodedSample
-from weakclip.datasets.cam_files import pack_cam, quarter
 from weakclip.labels import IGNORE
 from weakclip.masks.sliding_window import Predictor
 from weakclip.models.decoder import resize
@@ -16,6 +17,33 @@ from weakclip.models.interface import Group, Targets, Trained
 from weakclip.models.precision import autocast
 from weakclip.networks import mctformer
 from weakclip.networks.base import Network
+from weakclip.registry import NETWORKS
+
+
+def build_segmentation(config: Config, num_classes: int, pretrained: bool) -> Segmentation:
+    """Return the network that `config.retrain` names; its weights are random, or with `pretrained` those of the recipe's file.
+
+    Raises ConfigError where the file does not fit.
+    """
+    ours = config.retrain
+    entry = NETWORKS[str(ours.network)]
+    sides = {"image_size": ours.augment.crop} if entry.sized else {}
+    network: Network = registry.load(entry.network)(num_classes, **entry.backbones[ours.backbone or entry.published], **sides)
+    if pretrained and ours.pretrained is not None:
+        network.load_pretrained(Path(ours.pretrained))
+    return Segmentation(network, num_classes, ours.head_lr, config.precision)
+
+
+def build_classification(config: Config, num_classes: int, pretrained: bool) -> Classification:
+    """Return the MCTformer that `config.classify` describes; its weights are random, or with `pretrained` those of the file.
+
+    Raises ConfigError where the backbone is unknown or the file does not fit.
+    """
+    ours = config.classify
+    network = mctformer.MCTformer(num_classes, ours.backbone, ours.augment.crop, ours.drop_path)
+    if pretrained and ours.pretrained is not None:
+        network.load_pretrained(Path(ours.pretrained))
+    return Classification(network, ours.head_lr, config.precision)
 
 
 class Segmentation(Trained):
@@ -51,31 +79,15 @@ class Classification(Trained):
         super().__init__()
         self.network, self.head_lr, self.precision, self.normalisation = network, head_lr, precision, IMAGENET
 
-    def forward(self, images_B3HW: Tensor) -> mctformer.Scores:
+    def forward(self, images_B3HW: Tensor) -> mctformer.Logits:
         with autocast(self.precision, images_B3HW.device):
             return self.network(images_B3HW)
 
-    def losses(self, scores: mctformer.Scores, targets: Targets) -> dict[str, Tensor]:
-        return mctformer.losses(scores, targets.labels_BK[:, 1:].float())
+    def losses(self, logits: mctformer.Logits, targets: Targets) -> dict[str, Tensor]:
+        return mctformer.losses(logits, targets.labels_BK[:, 1:].float())
 
     def groups(self) -> list[Group]:
         return _apart(self, self.network.head_parameters(), self.head_lr)
-
-    def cam(self, sample: DecodedSample, config: Config) -> Cam:
-        """The maps of all classes that the image is labelled with, at a quarter of its sides."""
-        options = config.cam
-        maps_nhw = mctformer.activation_maps(
-            self.network,
-            sample.image,
-            sample.classes,
-            scales=options.scales,
-            flip=options.flip,
-            attention_blocks=options.attention_blocks,
-            affinity_steps=options.affinity_steps,
-            scale=config.data.scale,
-            size=quarter(sample.size),
-        )
-        return pack_cam(dict(zip(sample.classes, maps_nhw, strict=True)), sample.size, sample.key)
 
 
 def _apart(model: Trained, head: list[nn.Parameter], head_lr: float) -> list[Group]:

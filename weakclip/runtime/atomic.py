@@ -1,4 +1,4 @@
-"""Writing files that are whole or absent."""
+"""Atomic writing: a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary name to write, which becomes `path` in the end: neither a reader nor a crash ever sees half of it.
+    """Yield a temporary path to write to, which is renamed to `path` at the end: no reader or crash ever sees half a file.
 
-    The name is nobody else's, since several jobs may write the same file. An error leaves nothing behind, and an OSError, such as
-    that of a full disk, names `path`.
+    The temporary name is unique, since several jobs may write the same file. After an error nothing is left behind, and an
+    OSError, such as that of a full disk, names `path`.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -22,12 +22,12 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # as when writing fails, unlike opening
+        if isinstance(error, OSError) and error.filename is None:  # when writing fails; an error of opening has it
             error.filename = str(path)
         raise
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Write `path`, as `whole` does."""
+    """Write `data` to `path` atomically, as `whole` does."""
     with whole(path) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)

@@ -1,15 +1,15 @@
-"""What counts as a user error: a mistake that the person at the command line can mend, and that is shown as one line."""
+"""What counts as a user error: a mistake that the person at the command line can fix. It is shown as one line."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in a setting, a file or an option. The message is one line: what is wrong, where, and how to mend it."""
+    """A mistake in a setting, a file or an option. The message is one line: what is wrong, where, and how to fix it."""
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Return whether `error` is the user's to mend: a UserError, or an OSError that names a file (missing, full disk, ...).
+    """Return whether `error` is a user error: a UserError, or an OSError that names a file (missing, full disk, ...).
 
-    Any other error is a bug of this program, and keeps its traceback.
+    Any other error is a bug of this program and keeps its traceback.
     """
     return isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)

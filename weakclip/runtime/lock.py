@@ -1,4 +1,4 @@
-"""One job at a time on a run directory: RUN/lock.json says which. The lock of a job that died is recognised and taken over."""
+"""A lock, RUN/lock.json, that lets one job at a time work on a run. The lock of a dead job is detected and taken over."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from weakclip.config import ConfigError
 from weakclip.runtime.atomic import write_whole
+from weakclip.runtime.errors import UserError
+from weakclip.runtime.run_dir import RunDir
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that works on a run. job: Slurm's number, if it is one of Slurm's. started: when the kernel began it."""
+    """The process that works on a run. job: id of its Slurm job, if any. started: its start time, in ticks since boot."""
 
     host: str
     pid: int
@@ -27,6 +28,7 @@ class Holder:
 
     @classmethod
     def here(cls) -> Holder:
+        """Return this process."""
         pid = os.getpid()
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         return cls(socket.gethostname(), pid, _started(pid), os.environ.get("SLURM_JOB_ID"), now)
@@ -35,7 +37,7 @@ class Holder:
         return f"{f'job {self.job}' if self.job else f'process {self.pid}'} on {self.host} since {self.since}"
 
     def lives(self) -> bool:
-        """Whether it still runs, or may do so for all that can be known from here."""
+        """Return whether the process still runs; True also where that cannot be told from here."""
         if self.host == socket.gethostname():
             return _started(self.pid) == self.started is not None
         if self.job is None:
@@ -44,7 +46,7 @@ class Holder:
 
 
 def job_lives(job: str) -> bool:
-    """Whether Slurm has the job waiting or running; True where Slurm cannot be asked."""
+    """Return whether Slurm has the job pending or running; True where Slurm cannot be asked."""
     try:
         asked = subprocess.run(
             ["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True, timeout=60
@@ -56,45 +58,41 @@ def job_lives(job: str) -> bool:
     return bool(asked.stdout.strip())
 
 
-def check(run: Path) -> None:
-    """Raises ConfigError when a process that lives works on `run`."""
+def check(run: RunDir) -> None:
+    """Raise UserError when a process that still runs holds `run`."""
     if (found := _read(run)) is not None and found.lives():
-        raise ConfigError(f"run: {run} is being worked on by {found}; wait or stop it (if it is dead, remove {_path(run)})")
+        raise UserError(f"run: {run} is in use by {found}; wait for it or stop it (if it is dead, remove {run.lock})")
 
 
-def take(run: Path) -> None:
-    """Make this process the one that works on `run`. Raises ConfigError when another one does."""
-    directory = os.open(run, os.O_RDONLY)
+def take(run: RunDir) -> None:
+    """Take the lock of `run` for this process. Raises UserError when another process holds it."""
+    directory = os.open(run.root, os.O_RDONLY)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX)  # two who find the lock of the same dead job take turns
+        fcntl.flock(directory, fcntl.LOCK_EX)  # processes that find the lock of the same dead job take turns
         check(run)
-        write_whole(_path(run), json.dumps(asdict(Holder.here())) + "\n")
+        write_whole(run.lock, json.dumps(asdict(Holder.here())) + "\n")
     finally:
         os.close(directory)
 
 
-def release(run: Path) -> None:
-    """Give the run back, if this process has it."""
+def release(run: RunDir) -> None:
+    """Release the lock of `run`, if this process holds it."""
     if (found := _read(run)) is not None and (found.host, found.pid) == (socket.gethostname(), os.getpid()):
-        _path(run).unlink()
+        run.lock.unlink()
 
 
-def _path(run: Path) -> Path:
-    return run / "lock.json"
-
-
-def _read(run: Path) -> Holder | None:
-    """What the lock says; a damaged one, of a job that was killed as it wrote it, says nothing."""
+def _read(run: RunDir) -> Holder | None:
+    """Return the holder that the lock names; None for a missing or damaged lock, as of a job that was killed while writing it."""
     try:
-        return Holder(**json.loads(_path(run).read_text()))
+        return Holder(**json.loads(run.lock.read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks since boot, so that another one of the same number isn't taken for it.
+    """Return when a process started, in the kernel's ticks since boot: this tells it from a later process with the same id.
 
-    None for one that has ended, be it that its parent hasn't heard of it yet.
+    Return None for a process that has ended, even if its parent has not reaped it yet.
     """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

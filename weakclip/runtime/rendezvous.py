@@ -1,4 +1,4 @@
-"""Where a process stands among the ranks of its job, as the variables that torch.distributed and DeepSpeed read."""
+"""The rank of a process in its job, as the environment variables that torch.distributed and DeepSpeed read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class _Launcher(NamedTuple):
-    """Variables by which a launcher tells a process who it is."""
+    """Environment variables in which a launcher gives a process its rank, the number of ranks, the job's id and its nodes."""
 
     rank: str
     local_rank: str
@@ -19,16 +19,17 @@ class _Launcher(NamedTuple):
 
 
 _LAUNCHERS = (
-    # Those of the step, which `srun` starts: in the batch script itself there is one process, whatever was asked for.
+    # The variables of the job step, which `srun` starts: the batch script itself is one process, whatever was requested.
     _Launcher("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID", "SLURM_STEP_NODELIST"),
     _Launcher("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_JOB_ID", ""),
 )
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for a process with these variables.
+    """Return RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for a process with this environment.
 
-    torchrun's own stand; else they come from Slurm's (`srun`) or submitit's local launcher's; else the process is alone.
+    Where torchrun has set them, the result is empty. Otherwise they are derived from the variables of Slurm (`srun`) or of
+    submitit's local launcher. Without these the process is the only rank.
     """
     if "RANK" in environment:
         return {}
@@ -45,12 +46,12 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of a node list as Slurm writes it: "gpu[003-005,9],login" -> "gpu003"."""
+    """Return the first host of a node list as Slurm writes it: "gpu[003-005,9],login" -> "gpu003"."""
     return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", nodes).split(",")[0]
 
 
 def _port_of(job: int) -> int:
-    """Another one for each job on a node, below those that the system gives to outgoing connections."""
+    """Return a port that depends on the job, below those that the system gives to outgoing connections."""
     return 10_000 + job % 20_000
 
 

@@ -1,83 +1,132 @@
-"""The run directory: everything of a run that survives a job lies in it.
+"""The run directory: the path of every file of a run that outlives a job is defined here, and nowhere else.
 
 runs/NAME/  config.yaml  data.json  checkpoints/step-N.safetensors  weights/{best,last}.safetensors  best.json
-            classify/  pseudo/  retrain/NETWORK/  scores/  scores-masks.json  tensorboard/  metrics.jsonl  lock.json  jobs/
-            scores.json (of the demo)
+            classify/  pseudo/  retrain/NETWORK/  scores/  scores-WHAT.json  tensorboard/  metrics.jsonl  lock.json  jobs/
+            logs/rank-N.log  sweeps/  scores.json (written last by a demo run)
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from operator import attrgetter
+from dataclasses import dataclass
 from pathlib import Path
 
-from weakclip import config as configs
-from weakclip.config import Config, ConfigError
-from weakclip.runtime.atomic import write_whole
-
-SCORES = "scores.json"
-"""In a run directory: {name: mIoU in percent}, which a run writes last."""
+ON_SEEDS = "-seeds"
+"""Suffix of the directory of a network that is retrained on the seeds instead of the pseudo masks."""
 
 
-def claim(config: Config, fixed: Sequence[str], resume: bool) -> Path:
-    """The run directory, with the resolved config in it. fixed: as of `check_same`.
+@dataclass(frozen=True)
+class RunDir:
+    """Paths in one run directory. Nothing here creates or checks a file, except for the methods that say so."""
 
-    Raises ConfigError when it holds another run's files: anything at all unless `resume`, a run with other settings if so.
-    """
-    run = Path(config.run)
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"run: {run} is a file")
-    written = run / "config.yaml"
-    if run.is_dir() and any(not _may_come_first(path) for path in run.iterdir()):
-        if not written.is_file():
-            raise ConfigError(f"run: {run} holds files that are no run's; set run to another directory")
-        if not resume:
-            raise ConfigError(f"run: {run} already holds a run; go on with it by --resume auto, or set run to another directory")
-        check_same(config, fixed)
-    run.mkdir(parents=True, exist_ok=True)
-    configs.save(config, written)
-    return run
+    root: Path
 
+    def __str__(self) -> str:
+        return str(self.root)
 
-def _may_come_first(path: Path) -> bool:
-    """CAMs may be made, and scored, sweeps begun, jobs submitted and a classifier trained before there is a run."""
-    return path.name in ("sweeps", "jobs", "scores", "classify", "shards") or path.name.startswith("scores-")
+    @property
+    def config(self) -> Path:
+        """The resolved recipe."""
+        return self.root / "config.yaml"
 
+    @property
+    def data(self) -> Path:
+        """Fingerprints of the shard sets that the run was started with."""
+        return self.root / "data.json"
 
-def check_same(config: Config, fixed: Sequence[str]) -> None:
-    """Raises ConfigError when the run directory holds a run that was begun with other settings.
+    @property
+    def metrics(self) -> Path:
+        """Metrics: one JSON object per line, every `train.log_every` steps."""
+        return self.root / "metrics.jsonl"
 
-    fixed: the keys that must be the same, beside the data and their order.
-    """
-    written = Path(config.run) / "config.yaml"
-    if not written.is_file():
-        return
-    earlier, now = configs.load(written), config
-    changed = [key for key in (*fixed, "data.train", "data.mix") if attrgetter(key)(earlier) != attrgetter(key)(now)]
-    if changed:
-        raise ConfigError(
-            f"run: {config.run} was made with another {', '.join(changed)}; set it as in {written}, or set run anew"
-        )
+    def log(self, rank: int) -> Path:
+        """Return the log file of a rank of the training."""
+        return self.root / "logs" / f"rank-{rank}.log"
 
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's curves."""
+        return self.root / "tensorboard"
 
-def claim_data(run: Path, fingerprints: Sequence[str]) -> None:
-    """Note which training sets the run is of (Index.fingerprint): other shards would come in another order.
+    @property
+    def lock(self) -> Path:
+        """The lock file, which names the process that works on the run."""
+        return self.root / "lock.json"
 
-    Raises ConfigError when it began with others, be it under the same path.
-    """
-    note = run / "data.json"
-    if note.is_file() and json.loads(note.read_text()) != list(fingerprints):
-        raise ConfigError(f"run: the shards of data.train or data.mix are not those that {run} began with; set run anew")
-    write_whole(note, json.dumps(fingerprints) + "\n")
+    @property
+    def jobs(self) -> Path:
+        """Folder of the submitted jobs: program, recipe, batch scripts and logs of each."""
+        return self.root / "jobs"
 
+    @property
+    def best(self) -> Path:
+        """Step and mIoU of the best weights."""
+        return self.root / "best.json"
 
-def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*.safetensors") if path.stem.removeprefix("step-").isdigit()]
-    return sorted(found, key=checkpoint_step)
+    @property
+    def final_scores(self) -> Path:
+        """{name: mIoU in percent}, the last file that a demo run writes."""
+        return self.root / "scores.json"
+
+    @property
+    def sweeps(self) -> Path:
+        """Folder of the sweeps whose results the report of this run shows."""
+        return self.root / "sweeps"
+
+    # -------------------------------------------------------------------------------------------- weights and checkpoints
+
+    def weights(self, name: str) -> Path:
+        """Return the file with the trainable part of the network. name: best or last."""
+        return self.root / "weights" / f"{name}.safetensors"
+
+    def best_weights(self) -> Path | None:
+        """Return the weights with the best validation score, or without validation the last ones; None if neither file exists."""
+        return next((path for path in (self.weights("best"), self.weights("last")) if path.is_file()), None)
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the checkpoint of a step, from which --resume auto resumes on any number of ranks."""
+        return self.root / "checkpoints" / f"step-{step}.safetensors"
+
+    def checkpoints(self) -> list[Path]:
+        """List the complete checkpoints, oldest first."""
+        found = (self.root / "checkpoints").glob("step-*.safetensors")
+        return sorted((path for path in found if path.stem.removeprefix("step-").isdigit()), key=checkpoint_step)
+
+    # ------------------------------------------------------------------------------------------------- masks and scores
+
+    @property
+    def pseudo(self) -> Path:
+        """Folder of the pseudo masks."""
+        return self.root / "pseudo"
+
+    def masks(self, split: str) -> Path:
+        """Return the folder of the masks that a retrained network predicts for a split."""
+        return self.root / f"masks-{split}"
+
+    def scores(self, what: str) -> Path:
+        """Return the file with the scores of `what`: masks, seeds, cam, cam_crf or a split."""
+        return self.root / f"scores-{what}.json"
+
+    @property
+    def pseudo_counts(self) -> Path:
+        """Folder of the counts per shard from which the scores of the pseudo masks are computed."""
+        return self.root / "scores"
+
+    def split_counts(self, split: str) -> Path:
+        """Return the folder of the counts per shard from which the scores of a split's predicted masks are computed."""
+        return self.root / f"counts-{split}"
+
+    # --------------------------------------------------------------------------------------------------- runs in a run
+
+    @property
+    def classifier(self) -> RunDir:
+        """Run directory of the classifier that makes CAMs."""
+        return RunDir(self.root / "classify")
+
+    def retrained(self, network: str, on_seeds: bool = False) -> RunDir:
+        """Return the run directory of a network that is trained on the pseudo masks, or with `on_seeds` on the seeds."""
+        return RunDir(self.root / "retrain" / f"{network}{ON_SEEDS if on_seeds else ''}")
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step after which a checkpoint was written."""
+    """Return the step after which a checkpoint was written."""
     return int(path.stem.removeprefix("step-"))

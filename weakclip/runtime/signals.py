@@ -1,4 +1,4 @@
-"""Signals that ask a job to stop, and which processes of the job obey them."""
+"""Signals that ask a job to stop, and which of its processes react to them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
-"""What Slurm and submitit send before a preemption or a time-out, and what everybody else sends."""
+"""SIGUSR2 is what Slurm and submitit send before a preemption or a time-out, SIGTERM what everything else sends."""
 
 
 class Interrupted(Exception):
-    """The job was told to stop by `signal`, and has written a checkpoint."""
+    """The job received `signal`, and has written a checkpoint."""
 
     def __init__(self, number: int, step: int) -> None:
         self.signal = signal.Signals(number)
@@ -22,7 +22,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """SIGNALS come after this, and processes that begin meanwhile have them blocked from their first moment."""
+    """Block SIGNALS until this context ends. Processes that start in it have them blocked from the beginning."""
     earlier = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -31,19 +31,19 @@ def held_back() -> Iterator[None]:
 
 
 def nothing_left_to_save() -> None:
-    """For a process whose work is done: as Python ends, a signal that comes late would make it, and so its job, a failed one."""
+    """Block SIGNALS once the work is done: a signal that arrives while Python exits would make the process and its job fail."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def obey_only_the_parent(_worker: int) -> None:
-    """For a loader's process, begun in `held_back`.
+    """Make a loader process, which was started in `held_back`, ignore SIGNALS that its parent did not send.
 
-    Slurm signals every process of a job: a loader's would die of it, and its rank before it has saved.
+    Slurm signals every process of a job. A loader process would die of it, and then its rank would die before it has saved.
 
-    What the rank itself sends still ends the process, as multiprocessing does when the rank ends.
+    A signal from the rank itself still ends the process; multiprocessing sends one when the rank ends.
     """
     parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # where processes are not forked, they have not inherited it
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # processes that are not forked do not inherit it
 
     def wait() -> None:
         while signal.sigwaitinfo(SIGNALS).si_pid != parent:

@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 
 class WorkerPool:
-    """A pool of worker processes. `processes`: how many; None: one per core; 0: none, all work is done in this process.
+    """A pool of worker processes. processes: their number; None: one per core; 0: none, all work is done in this process.
 
     Workers start when they are first needed, ignore the signals that all processes of a job receive, and end with this process.
     """
@@ -41,7 +41,7 @@ class WorkerPool:
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[A], R], arguments: Iterable[A]) -> Iterator[R]:
-        """Yield `function(argument)` for each argument, in order; arguments are produced here meanwhile.
+        """Yield `function(argument)` for each argument, in order; this process produces the arguments meanwhile.
 
         At most two arguments per worker are in flight. Raises UserError when a worker dies; errors of `function` pass through.
         """
@@ -52,7 +52,7 @@ class WorkerPool:
             yield from _in_order(partial(self._submit, self._pool, function), arguments, self._most)
 
     def run(self, function: Callable[[A], R], argument: A) -> R:
-        """Return `function(argument)`. The calling thread waits, so it and the worker load one core together. Raises as `map`."""
+        """Return `function(argument)`. The calling thread waits, so it and the worker together use one core. Raises as `map`."""
         if self._pool is None:
             return function(argument)
         with _broken():
@@ -64,9 +64,10 @@ class WorkerPool:
 
 
 def map_in_processes(function: Callable[[A], R], processes: int, arguments: Sequence[A]) -> Iterator[R]:
-    """Yield `function(argument)` for each argument, in order, computed by `processes` workers; one means this process.
+    """Yield `function(argument)` for each argument, in order, computed by `processes` workers; with one, by this process.
 
-    Unlike a WorkerPool's, these workers obey Ctrl-C at once. Raises UserError when a worker dies; `function`'s errors pass.
+    Unlike those of a WorkerPool, these workers stop at once on Ctrl-C. Raises UserError when a worker dies; errors of `function`
+    pass through.
     """
     processes = min(processes, len(arguments))
     if processes <= 1:
@@ -77,7 +78,7 @@ def map_in_processes(function: Callable[[A], R], processes: int, arguments: Sequ
 
 
 def _spawned(processes: int, initializer: Callable[[], None]) -> ProcessPoolExecutor:
-    """Return a pool of spawned processes: a fork would copy the locks of torch's threads, and cannot use a GPU that is in use."""
+    """Return a pool of spawned processes: a fork copies the locks of torch's threads, and cannot use a GPU already in use."""
     return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer)
 
 
@@ -88,17 +89,17 @@ def _broken() -> Iterator[None]:
     except BrokenProcessPool:
         raise UserError(
             "a worker process was killed, perhaps because the machine ran out of memory; "
-            "use fewer (--processes, pseudo.processes)"
+            "use fewer workers (--processes, pseudo.processes)"
         ) from None
 
 
 def map_in_threads(function: Callable[[A], R], threads: int, arguments: Iterable[A]) -> Iterator[R]:
     """Yield `function(argument)` for each argument, in order, computed by `threads` threads; at most two per thread in flight.
 
-    Each thread has one core for torch: several results in parallel use the cores better than one after the other on all cores,
-    and results do not depend on the number of cores.
+    Each thread uses one core for torch: computing several results in parallel uses the cores better than computing one after the
+    other on all cores, and results do not depend on the number of cores.
     """
-    import torch  # takes seconds to import, and a login node that only writes or counts shards has no use for it
+    import torch  # takes seconds to import, and a login node that only writes or counts shards does not need it
 
     cores = torch.get_num_threads()
     torch.set_num_threads(1)  # for threads that start from now on, too
@@ -111,7 +112,7 @@ def map_in_threads(function: Callable[[A], R], threads: int, arguments: Iterable
 
 
 def _in_order(submit: Callable[[A], Future[R]], arguments: Iterable[A], most: int) -> Iterator[R]:
-    """Yield the results of what is submitted, with at most `most` in flight."""
+    """Yield the results of `submit(argument)` in order, with at most `most` in flight."""
     running: deque[Future[R]] = deque()
     for argument in arguments:
         running.append(submit(argument))
@@ -123,8 +124,8 @@ def _in_order(submit: Callable[[A], Future[R]], arguments: Iterable[A], most: in
 
 @contextmanager
 def _large_pages() -> Iterator[None]:
-    """Let processes that start meanwhile ask Linux for large pages, where glibc can: the CRF's hash tables take many megabytes,
-    and it runs in a sixth less time."""
+    """Let processes that start in this context ask Linux for large pages, where glibc supports it. The CRF's hash tables take
+    many megabytes, and with large pages it runs in a sixth less time."""
     name, earlier = "GLIBC_TUNABLES", os.environ.get("GLIBC_TUNABLES")
     os.environ[name] = ":".join(filter(None, (earlier, "glibc.malloc.hugetlb=1")))
     try:
@@ -142,7 +143,7 @@ def _leave_signals_to_the_parent() -> None:
 
 
 def die_with_parent() -> None:
-    """End this worker when its parent ends: a worker that stayed would write into the directory of the next command."""
+    """End this worker when its parent ends: a worker that lived on would write into the directory of the next command."""
 
     def watch() -> None:
         if parent := multiprocessing.parent_process():

@@ -1,14 +1,10 @@
-"""DeepSpeed around the network of a task: join the ranks, initialise, step, save, resume."""
+"""DeepSpeed around the network of a job: initialize, step, save, resume."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# DeepSpeed calls collectives that torch has renamed, with a warning at every step.
-warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns about the accelerators it looked for in vain
-
-import deepspeed
-
 from weakclip.checkpoints import state_dict, weight_files, weights
-from weakclip.config import Config, ConfigError, OptimConfig
+from weakclip.config import ConfigError, OptimConfig, TrainConfig
 from weakclip.data.photometric import distort
 from weakclip.data.stream import Batch
 from weakclip.models.interface import Targets, Trained
-from weakclip.runtime import rendezvous
 from weakclip.runtime.atomic import write_whole
-from weakclip.runtime.run_dir import checkpoints
+from weakclip.runtime.run_dir import RunDir
 from weakclip.training import optimizer_state
+from weakclip.training.jobs import Job
 from weakclip.training.sync_batchnorm import synchronise
-
-
-@dataclass(frozen=True)
-class World:
-    rank: int
-    ranks: int
-    device: torch.device
-
-    @classmethod
-    def join(cls) -> World:
-        """This process among those that torchrun, Slurm or another launcher started, or alone."""
-        os.environ.update(rendezvous.variables(os.environ))
-        cuda = torch.cuda.is_available()
-        # Slurm may show each rank its own GPU alone.
-        number = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count() if cuda else 0
-        device = torch.device("cuda", number) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(device)
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # Compiling this kernel would cost a CPU's first run over a minute, and only inference_all_reduce, unused here, calls it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
-        return cls(dist.get_rank(), dist.get_world_size(), device)
-
-    def gather(self, item: Any) -> list[Any]:
-        """`item` of every rank, on every rank."""
-        items = [None] * self.ranks
-        dist.all_gather_object(items, item)
-        return items
+from weakclip.training.world import World, deepspeed
 
 
 def learning_rate_factor(step: int, config: OptimConfig, steps: int) -> float:
-    """Factor on `lr` at `step` of `steps`: a cosine or a power down to `min_lr`, multiplied by a linear warm-up from 1e-6."""
+    """Return the factor on `lr` at a step: cosine or polynomial decay to `min_lr`, times a linear warm-up from 1e-6."""
     low, done = config.min_lr / config.lr, min(step / steps, 1)
     course = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else (1 - done) ** config.power
     warm = 1 - (1 - step / config.warmup) * (1 - 1e-6) if step < config.warmup else 1
@@ -73,7 +34,7 @@ def learning_rate_factor(step: int, config: OptimConfig, steps: int) -> float:
 
 
 def make_optimizer(model: Trained, config: OptimConfig) -> torch.optim.Optimizer:
-    """The one that the config asks for."""
+    """Build the optimizer of a config, with weight decay on the parameters that `decay` selects."""
     layers = (nn.Linear, nn.modules.conv._ConvNd)
     weights = {id(module.weight) for module in model.modules() if isinstance(module, layers)}
     settings = []
@@ -87,50 +48,50 @@ def make_optimizer(model: Trained, config: OptimConfig) -> torch.optim.Optimizer
 
 
 class Engine:
-    """A network in training. `step` counts optimiser steps, `consumed` the samples of all ranks so far."""
+    """A network in training. `step` counts optimizer steps, `consumed` the samples of all ranks so far."""
 
-    def __init__(self, model: Trained, config: Config, world: World, resume: Path | None = None) -> None:
-        """resume: checkpoint to go on from, whatever ranks and ZeRO stage wrote it.
+    def __init__(self, model: Trained, job: Job, world: World, resume: Path | None = None) -> None:
+        """resume: checkpoint to resume from, written by any number of ranks at any ZeRO stage.
 
-        Raises ArchiveError or ConfigError when it is damaged or another model's.
+        Raises ArchiveError or ConfigError when it is damaged or belongs to another model.
         """
-        self.config, self.world = config, world
+        self.job, self.world = job, world
         self.step = self.consumed = 0
         moments = self._load(model, resume) if resume else None
         model = model.to(world.device)
-        # What validates and is saved: an ordinary module beside the one that ZeRO may have cut up.
+        # The module that is validated and saved: a plain copy beside the one whose parameters ZeRO may partition.
         self.plain = model.twin().eval()
         done = self.step
         self._engine, *_ = deepspeed.initialize(
             model=synchronise(model, world.device),
-            optimizer=make_optimizer(model, config.optim),
+            optimizer=make_optimizer(model, job.optim),
             lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(
-                wrapped, lambda more: learning_rate_factor(done + more, config.optim, config.train.steps)
+                wrapped, lambda more: learning_rate_factor(done + more, job.optim, job.train.steps)
             ),
-            config=deepspeed_settings(config),
+            config=deepspeed_settings(job.train, job.optim),
         )
         optimizer_state.set_moments(self._engine, moments, self.step)
 
     def _load(self, model: Trained, path: Path) -> dict[str, Tensor]:
-        """Take the model's weights, the step and the samples consumed from a checkpoint; returns the optimiser's moments."""
+        """Load the model's weights, the step and the samples consumed from a checkpoint. Returns the optimizer's moments."""
         tensors, meta = weight_files.read(path)
         state = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
-        state_dict.load_into(model, state, str(path), "go on with the config that wrote it")
+        state_dict.load_into(model, state, str(path), "use the config that wrote it")
         self.step, self.consumed = int(meta["step"]), int(meta["consumed"])
         return {name: tensor for name, tensor in tensors.items() if not name.startswith("model/")}
 
     @property
     def global_batch(self) -> int:
-        return self.config.train.batch * self.config.train.accumulate * self.world.ranks
+        return self.job.train.batch * self.job.train.accumulate * self.world.ranks
 
     @property
     def lr(self) -> float:
         return self._engine.get_lr()[0]
 
     def train_step(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """One optimiser step on this rank's micro-batches -> mean losses by name, on the device (no synchronisation)."""
-        # Dropout and stochastic depth depend on the step and the rank alone, so a resumed run draws the same.
-        torch.manual_seed((self.config.seed * 1_000_003 + self.step) * self.world.ranks + self.world.rank)
+        """Do one optimizer step on this rank's micro-batches. Returns mean losses by name, left on the device."""
+        # Dropout and stochastic depth depend only on the step and the rank, so a resumed run draws the same.
+        torch.manual_seed((self.job.recipe.seed * 1_000_003 + self.step) * self.world.ranks + self.world.rank)
         self._engine.train()
         sums: dict[str, Tensor] = {}
         for batch in batches:
@@ -153,36 +114,37 @@ class Engine:
         return Targets(images_B3HW, batch.seeds.to(device).long(), batch.labels.to(device))
 
     def _note_gradient_norm(self) -> None:
-        """ZeRO knows the norm after its step; plain data parallelism (stage 0) has whole gradients, before it."""
+        """Store the gradient norm at stage 0, where full gradients exist before the step. ZeRO reports the norm after its step."""
         if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             self._whole_norm = torch.nn.utils.get_total_norm(gradients)
 
     @property
     def gradient_norm(self) -> float:
-        """Of the last step, before clipping."""
+        """Gradient norm of the last step, before clipping."""
         return float(self._whole_norm if self._stage == 0 else self._engine.get_global_grad_norm())
 
     def refresh_plain(self) -> Trained:
-        """`plain` with the present weights. Every rank must call it."""
+        """Return `plain` with the current weights. Every rank must call it."""
         module = self._engine.module
         with deepspeed.zero.GatheredParameters(list(module.parameters())):
             self.plain.load_state_dict(module.state_dict())
         return self.plain
 
-    def save(self, run: Path) -> None:
-        """Write checkpoints/step-N and weights/last.safetensors. Every rank must call it; a reader never sees half of it."""
+    def save(self, run: RunDir) -> None:
+        """Write a checkpoint and the last weights. Every rank must call it. A reader never sees an incomplete file."""
         moments = optimizer_state.moments(self._engine)
         self.refresh_plain()
         if self.world.rank == 0:
             state = {f"model/{name}": tensor for name, tensor in self.plain.state_dict().items()} | moments
             meta = {"step": str(self.step), "consumed": str(self.consumed)}
-            (run / "checkpoints").mkdir(exist_ok=True)
-            write_whole(run / "checkpoints" / f"step-{self.step}.safetensors", weights.packed(state, meta))
-            stale = (run / "checkpoints").glob("*.partial")  # of a run that was killed as it wrote
-            for old in [*checkpoints(run)[: -self.config.train.keep_checkpoints], *stale]:
+            path = run.checkpoint(self.step)
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, weights.packed(state, meta))
+            stale = path.parent.glob("*.partial")  # left by a run that was killed while it wrote
+            for old in [*run.checkpoints()[: -self.job.train.keep_checkpoints], *stale]:
                 old.unlink()
-            weights.save(self.plain, run / "weights" / "last.safetensors", self.step)
+            weights.save(self.plain, run.weights("last"), self.step)
         dist.barrier()
 
     @property
@@ -190,16 +152,16 @@ class Engine:
         return self._engine.zero_optimization_stage()
 
 
-def deepspeed_settings(config: Config) -> dict[str, Any]:
-    """DeepSpeed's configuration: the file that `train.deepspeed` names, with what our config decides filled in.
+def deepspeed_settings(train: TrainConfig, optim: OptimConfig) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: the file `train.deepspeed`, completed with the settings of our config.
 
-    Raises ConfigError when the file is missing, isn't JSON, or sets what our config sets.
+    Raises ConfigError when the file is missing, is not JSON, or sets a key that our config sets.
     """
-    path = Path(config.train.deepspeed)
+    path = Path(train.deepspeed)
     ours = {
-        "train_micro_batch_size_per_gpu": config.train.batch,
-        "gradient_accumulation_steps": config.train.accumulate,
-        "gradient_clipping": config.optim.clip_grad,
+        "train_micro_batch_size_per_gpu": train.batch,
+        "gradient_accumulation_steps": train.accumulate,
+        "gradient_clipping": optim.clip_grad,
     }
     try:
         settings = json.loads(path.read_text())

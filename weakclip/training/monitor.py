@@ -1,8 +1,9 @@
-"""Shows a training job: TensorBoard, metrics.jsonl, a progress bar on a terminal and plain lines elsewhere."""
+"""Reporting of a training job: TensorBoard, metrics.jsonl, a progress bar on a terminal, and log lines."""
 
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -18,42 +19,48 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from weakclip.config import Config, ConfigError
+from weakclip.config import ConfigError
 from weakclip.data.stream import Batch, too_many_bad
 from weakclip.runtime.atomic import write_whole
 from weakclip.training.engine import Engine
+from weakclip.training.jobs import Job
+
+_log = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Every rank makes one and calls it alike; only rank 0 writes. The device is read (a synchronisation) only when it logs."""
+    """Reports a training. Every rank creates one and calls it in the same way; only rank 0 writes.
 
-    def __init__(self, run: Path, config: Config, engine: Engine) -> None:
-        self.config, self.engine = config, engine
-        self.bad: dict[str, None] = {}  # what was wrong, in the order in which it was met
+    It reads from the device, which synchronises, only when it logs.
+    """
+
+    def __init__(self, job: Job, engine: Engine) -> None:
+        self.job, self.engine = job, engine
+        self.bad: dict[str, None] = {}  # messages about unreadable samples, in order of appearance
         self._told = 0
         self._losses: list[dict[str, Tensor]] = []
         self._since = time.perf_counter()
         self._waited = 0.0
         self.leader = engine.world.rank == 0
         if self.leader:
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=engine.step + 1)
-            self._lines = run / "metrics.jsonl"
+            self._board = SummaryWriter(str(job.run.tensorboard), purge_step=engine.step + 1)
+            self._lines = job.run.metrics
             _drop_lines_after(self._lines, engine.step)
-            if not self._lines.exists() or not self._lines.stat().st_size:  # a resumed run's lines begin with them already
+            if not self._lines.exists() or not self._lines.stat().st_size:  # a resumed run has this line already
                 trainable = sum(p.numel() for p in engine.plain.parameters())
                 self.write({"parameters/trainable": trainable, "parameters/total": trainable + engine.plain.frozen})
             terminal = sys.stderr.isatty()
-            self._bar = tqdm(total=config.train.steps, initial=engine.step, unit="step", disable=not terminal, smoothing=0.1)
+            self._bar = tqdm(total=job.train.steps, initial=engine.step, unit="step", disable=not terminal, smoothing=0.1)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+        """Measure the time inside as time waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     def step(self, batches: Sequence[Batch], losses: dict[str, Tensor]) -> None:
-        """Count a step; every `train.log_every` steps, and at the last, write what happened since.
+        """Count a step. Every `train.log_every` steps, and at the last one, write the metrics since the previous time.
 
         Raises ConfigError, on every rank, when more samples were unreadable than `data.max_bad_samples` allows.
         """
@@ -61,7 +68,7 @@ class Monitor:
         self.bad |= dict.fromkeys(message for batch in batches for message in batch.bad)
         if self.leader:
             self._bar.update()
-        if self.engine.step % self.config.train.log_every == 0 or self.engine.step == self.config.train.steps:
+        if self.engine.step % self.job.train.log_every == 0 or self.engine.step == self.job.train.steps:
             self._log()
 
     def _log(self) -> None:
@@ -79,29 +86,29 @@ class Monitor:
         values["bad_samples"] = len(self.bad)
         if self.leader:
             for message in list(self.bad)[self._told :]:
-                self.say(f"skipped: {message}")
+                _log.warning("skipped: %s", message)
             self._told = len(self.bad)
             self.write(values)
-            self.say(self._progress(values, seconds / len(self._losses)))
+            _log.info(self._progress(values, seconds / len(self._losses)))
         self._losses.clear()
         self._since, self._waited = time.perf_counter(), 0.0
-        if len(self.bad) > self.config.data.max_bad_samples:
-            raise ConfigError(too_many_bad(list(self.bad), self.config.data.max_bad_samples))
+        if len(self.bad) > self.job.data.max_bad_samples:
+            raise ConfigError(too_many_bad(list(self.bad), self.job.data.max_bad_samples))
 
     def write(self, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and as many points in TensorBoard. Rank 0 only."""
+        """Write values as one line of metrics.jsonl and as points in TensorBoard. Rank 0 only."""
         for name, value in values.items():
             self._board.add_scalar(name, value, self.engine.step)
         with self._lines.open("a") as file:
             file.write(json.dumps({"step": self.engine.step, "time": round(time.time(), 3), **values}) + "\n")
 
     def show(self, name: str, picture: Image.Image) -> None:
-        """A picture in TensorBoard. Rank 0 only."""
+        """Write an image to TensorBoard. Rank 0 only."""
         self._board.add_image(name, np.asarray(picture), self.engine.step, dataformats="HWC")
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """Around what is no step (a validation, a checkpoint): it doesn't count into the rate."""
+        """Leave the time inside (a validation, a checkpoint) out of the step rate."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
@@ -112,28 +119,23 @@ class Monitor:
             self._bar.close()
 
     def _progress(self, values: dict[str, float], seconds_per_step: float) -> str:
-        left = timedelta(seconds=round((self.config.train.steps - self.engine.step) * seconds_per_step))
+        left = timedelta(seconds=round((self.job.train.steps - self.engine.step) * seconds_per_step))
         parts = " ".join(f"{name.removeprefix('loss/')} {value:.3f}" for name, value in values.items() if "loss/" in name)
         return (
-            f"step {self.engine.step}/{self.config.train.steps}  {parts}  lr {values['lr']:.1e}  "
+            f"step {self.engine.step}/{self.job.train.steps}  {parts}  lr {values['lr']:.1e}  "
             f"{values['images_per_second']:.1f} images/s  data wait {values['data_wait_percent']:.0f} %  ETA {left}"
         )
 
-    def say(self, line: str) -> None:
-        """A line for the person who watches, from rank 0."""
-        if self.leader:
-            tqdm.write(line, file=sys.stderr)
-
 
 def _memory_gib(device: torch.device) -> float:
-    """Peak so far: of the device, or of the process where the device is the CPU."""
+    """Return the peak memory in GiB so far: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """A resumed run takes back what the interrupted one wrote after its last checkpoint, down to half a line."""
+    """Remove the lines that an interrupted run wrote after its last checkpoint, an incomplete last line included."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
         write_whole(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))

@@ -1,4 +1,4 @@
-"""The optimiser's moments under any ZeRO stage as plain tensors, and back, so that any ranks and any stage can go on."""
+"""The optimizer's moments of any ZeRO stage as plain tensors, and back, so that any number of ranks and stage can resume."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state, safe_set_local_optimizer_state
 from torch import Tensor, nn
+
+from weakclip.training.world import deepspeed
 
 MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
@@ -17,7 +18,7 @@ MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
 
 
 def moments(engine: Any) -> dict[str, Tensor]:
-    """ "exp_avg/NAME" and so on of every trained parameter of a DeepSpeed engine, whole, on the CPU.
+    """Return the full moments of every trained parameter of a DeepSpeed engine, on the CPU, by name such as "exp_avg/NAME".
 
     Every rank must call it, after the first step.
     """
@@ -29,19 +30,19 @@ def moments(engine: Any) -> dict[str, Tensor]:
 
 
 def set_moments(engine: Any, tensors: Mapping[str, Tensor] | None, step: int) -> None:
-    """Give a fresh engine the moments that `moments` returned, as after `step` steps; None: zeros. Every rank must call it.
+    """Set the moments of a new engine to those that `moments` returned after `step` steps; None: zeros. Every rank must call it.
 
-    Zeros matter as well: left to itself, ZeRO links parameters to moments as soon as the first of several groups has any.
+    Zeros must be set too: by itself, ZeRO links parameters to moments as soon as the first of several groups has any.
     """
     stage, optimizer = engine.zero_optimization_stage(), _optimizer(engine)
     names = MOMENTS[type(optimizer)]
-    # What the optimiser steps on: the parameters themselves, or ZeRO's flat parts of them, which stage 3 shows it in steps alone.
+    # The optimizer steps on the parameters, or on ZeRO's flat partitions, which stage 3 exposes only during a step.
     shown = [part for group in optimizer.param_groups for part in group["params"]]
     held = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else shown
     for part in held:
         optimizer.state[part] = {"step": torch.tensor(float(step)), **{name: torch.zeros_like(part) for name in names}}
     if stage in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # which DeepSpeed does in its first step
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed would do this in its first step
     if tensors is None:
         return
     for name, parameter in _trained(engine):
@@ -50,9 +51,9 @@ def set_moments(engine: Any, tensors: Mapping[str, Tensor] | None, step: int) ->
             if stage == 0:
                 optimizer.state[parameter][moment].copy_(value)
             elif stage == 3:
-                safe_set_local_optimizer_state(parameter, _part(parameter, value), moment)
+                deepspeed.utils.safe_set_local_optimizer_state(parameter, _part(parameter, value), moment)
             else:
-                safe_set_full_optimizer_state(parameter, value, moment)
+                deepspeed.utils.safe_set_full_optimizer_state(parameter, value, moment)
 
 
 def _optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -66,11 +67,11 @@ def _trained(engine: Any) -> list[tuple[str, nn.Parameter]]:
 def _whole(engine: Any, parameter: nn.Parameter, moment: str) -> Tensor:
     if engine.zero_optimization_stage() == 0:
         return engine.optimizer.state[parameter][moment]
-    return safe_get_full_optimizer_state(parameter, moment)
+    return deepspeed.utils.safe_get_full_optimizer_state(parameter, moment)
 
 
 def _part(parameter: Any, value: Tensor) -> Tensor:
-    """This rank's part of a tensor, cut up as ZeRO 3 cut up the parameter: equal lengths, the last one padded."""
+    """Return this rank's part of a tensor, partitioned as ZeRO 3 does: equal lengths, the last one padded."""
     length, ranks = parameter.ds_tensor.numel(), torch.distributed.get_world_size()
     padded = F.pad(value.flatten(), (0, length * ranks - value.numel()))
     return padded[length * torch.distributed.get_rank() :][:length]

@@ -1,7 +1,7 @@
-"""Batch normalisation whose statistics are those of the global batch, on CPUs as well.
+"""Batch normalisation with the statistics of the global batch, on CPUs as well.
 
-torch.nn.SyncBatchNorm runs on accelerators only. With this, two ranks on a CPU compute what one rank does with both their
-images, so that a run does not depend on how many ranks it is spread over.
+torch.nn.SyncBatchNorm runs on accelerators only. With this, two ranks on a CPU compute what one rank does with the
+images of both, so that a run does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is all-reduced too: every rank's loss depends on every rank's statistics."""
+    """All-reduce whose gradient is all-reduced too, since every rank's loss depends on every rank's statistics."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class CpuSyncBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d that averages over all ranks, every one of which holds as many pixels."""
+    """nn.BatchNorm2d that averages over all ranks, which must hold the same number of pixels."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
@@ -50,7 +50,7 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` with every BatchNorm2d turned into one that is synchronised over ranks on `device`."""
+    """Return `module` with every BatchNorm2d converted to one that is synchronised over ranks on `device`."""
     if device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for child in module.modules():

@@ -109,15 +109,15 @@ def test_only_a_prefix_of_all_names_is_removed(tmp_path):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        ([1, 2], "holds a list, no state dict"),
-        (torch.zeros(3), "holds a Tensor, no state dict"),
+        ([1, 2], "holds a list instead of a state dict"),
+        (torch.zeros(3), "holds a Tensor instead of a state dict"),
         ({}, "holds no tensors"),
         ({"state_dict": {}}, "holds no tensors"),
-        ({"state_dict": None}, "'state_dict' are no plain tensors"),
-        ({3: torch.zeros(3)}, "keys are no names"),
-        ({"a": torch.eye(2).to_sparse()}, "'a' are no plain tensors"),
-        ({"a": torch.empty(2, device="meta")}, "'a' are no plain tensors"),
-        ({"w": torch.ones(1), **dict.fromkeys("abcd", 1)}, "holds no state dict: 'a', 'b', 'c', ... are no plain tensors"),
+        ({"state_dict": None}, "'state_dict' are not plain tensors"),
+        ({3: torch.zeros(3)}, "keys are not names"),
+        ({"a": torch.eye(2).to_sparse()}, "'a' are not plain tensors"),
+        ({"a": torch.empty(2, device="meta")}, "'a' are not plain tensors"),
+        ({"w": torch.ones(1), **dict.fromkeys("abcd", 1)}, "hold a state dict: 'a', 'b', 'c', ... are not plain tensors"),
         ({"a": Path("run me")}, "asks for pathlib"),
         ({"state_dict": {"a": torch.ones(1)}, "meta": {"lr": np.float64(1)}}, "asks for numpy.*; nothing in it was executed"),
         ({"a": torch.zeros(1).expand(2**40)}, "claims more bytes for 'a' alone than the file has"),
@@ -143,12 +143,12 @@ def as_zip(path: Path) -> None:
     "make, reason",
     [
         (lambda path: None, "does not exist"),
-        (Path.mkdir, "is no file"),
+        (Path.mkdir, "is not a file"),
         (Path.touch, "is empty"),
         (lambda path: path.write_text("<!DOCTYPE html><html>Not found</html>"), "is a web page"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"), "`git lfs pull`"),
         (lambda path: path.write_bytes(bytes(range(256))), "is neither safetensors nor a zip"),
-        (as_zip, "is a zip of other things"),
+        (as_zip, "is a zip that torch did not write"),
         (as_tar, "from before 1.6; load and save it again with a newer torch"),
         (
             lambda path: torch.save(some_weights(), path, _use_new_zipfile_serialization=False),
@@ -264,7 +264,7 @@ def test_a_traced_model_in_the_layout_of_openai(tmp_path):
 
 def test_a_module_that_restores_itself_by_code_is_refused(tmp_path):
     torch.jit.script(nn.Sequential(OfItsOwn())).save(str(tmp_path / "own.pt"))
-    assert refused(tmp_path / "own.pt").endswith("OfItsOwn by code of its own, which is never run")
+    assert refused(tmp_path / "own.pt").endswith("OfItsOwn with its own code, which is never run")
 
 
 def test_a_storage_of_another_type_or_byte_order_is_refused(tmp_path, files):
@@ -334,10 +334,10 @@ def test_a_tensor_is_a_view_within_its_storage_or_an_error(tmp_path_factory, num
         ({"size": (2, 2**70), "stride": (0, 0)}, "cannot be read as weights"),
         ({"size": (2**62, 2**62), "stride": (0, 0)}, "cannot be read as weights"),
         ({"size": (2**40,), "stride": (0,)}, "claims more bytes for 'weight' alone than the file has"),
-        ({"size": (2, 2)}, "no plain view of a storage"),
+        ({"size": (2, 2)}, "not a plain view of a storage"),
         ({"storage": "torch\nDoubleStorage"}, "claims 4 values for a storage of 16 bytes"),
         ({"storage": "torch\nQInt8Storage"}, "asks for torch.QInt8Storage"),
-        ({"storage": "__torch__\nRoot"}, "not described as torch does"),
+        ({"storage": "__torch__\nRoot"}, "not described as torch describes it"),
         ({"key": "1"}, "root/data/1"),
         ({"key": "../data.pkl"}, "root/data/../data.pkl"),
     ],
@@ -349,14 +349,14 @@ def test_a_tensor_that_is_none_is_an_error(tmp_path, described, reason):
 @pytest.mark.parametrize(
     "program, reason",
     [
-        (b"\x80\x02).", "of no module"),
+        (b"\x80\x02).", "not of a module"),
         (ROOT + b"}b.", "holds no tensors"),
         (ROOT + b"}(" + text("weight") + b"NubX", "cannot be read as weights"),
-        (b"c__torch__\nOther\n)\x81}b.", "of no module"),
-        (ROOT + b"q\x00}(" + text("it") + b"h\x00ub.", "hold one another without end"),
+        (b"c__torch__\nOther\n)\x81}b.", "not of a module"),
+        (ROOT + b"q\x00}(" + text("it") + b"h\x00ub.", "contain each other endlessly"),
         (
             ROOT + b"}bq\x00" + (ROOT + b"}(" + text("a") + b"h\x00" + text("b") + b"h\x00ubq\x00") * 40 + b".",
-            "hold one another without end",
+            "contain each other endlessly",
         ),
         (b"(" * 1000 + b".", "cannot be read as weights"),
         (b"\x80\x02\x96" + b"\xff" * 8 + b".", "cannot be read as weights"),
@@ -406,7 +406,7 @@ def payloads(marker: Path) -> dict[str, Payload]:
 def test_a_payload_in_a_checkpoint_is_named_and_not_run(tmp_path, name, wrap):
     payload = payloads(tmp_path / "marker")[name]
     torch.save(wrap(payload), tmp_path / "evil.pt")
-    assert f"{name}, beyond tensors and plain values; nothing in it was executed" in refused(tmp_path / "evil.pt")
+    assert f"{name}, which goes beyond tensors and plain values; nothing in it was executed" in refused(tmp_path / "evil.pt")
     assert not (tmp_path / "marker").exists()
     pickle.loads(member(tmp_path / "evil.pt", "data.pkl"))  # it was armed
     assert (tmp_path / "marker").exists()
@@ -418,7 +418,7 @@ def test_a_payload_in_torchscript_is_named_and_not_run(tmp_path, files, name):
     tree = member(files["script"], "data.pkl")
     for program in (payload, payload[:-1] + b"0" + tree[2:]):  # alone, and before the tree but off the stack again
         path = with_members(files["script"], tmp_path / "evil.pt", data=program)
-        assert f"{name}, beyond tensors and plain values; nothing in it was executed" in refused(path)
+        assert f"{name}, which goes beyond tensors and plain values; nothing in it was executed" in refused(path)
     assert not (tmp_path / "marker").exists()
     pickle.loads(payload)  # it was armed
     assert (tmp_path / "marker").exists()
@@ -428,7 +428,7 @@ def test_a_payload_in_a_newer_pickle_is_not_run(tmp_path, files):
     newer = pickle.dumps(payloads(tmp_path / "marker")[f"{open.__module__}.open"], 4)
     for kind in ("save", "script"):
         path = with_members(files[kind], tmp_path / "evil.pt", data=newer)
-        assert "of pickle, beyond tensors and plain values; nothing in it was executed" in refused(path)
+        assert ", which goes beyond tensors and plain values; nothing in it was executed" in refused(path)
     assert not (tmp_path / "marker").exists()
 
 

@@ -121,7 +121,7 @@ def test_nothing_is_built_over_other_files(tmp_path, make):
     make(tmp_path / "set")
     if (tmp_path / "set").is_dir():
         (tmp_path / "set/shard-00000.tar").touch()
-    with pytest.raises(ShardError, match="set: holds files already; remove it"):
+    with pytest.raises(ShardError, match="set: already holds files; remove it, or choose another directory"):
         built(tmp_path / "set")
     assert not (tmp_path / "set.partial").exists()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from weakclip import config as configs
+from weakclip import recipe
 from weakclip.config import ConfigError, DataConfig
 from weakclip.data import storage as storages
 from weakclip.data.index import Index, ShardError
@@ -305,7 +305,7 @@ def test_a_cache_smaller_than_the_shuffle_window_is_refused(local, remote, tmp_p
 @pytest.mark.parametrize("setting", ["cache_gib=0", "retries=-1", "timeout=0"])
 def test_settings_out_of_range_are_refused(tiny_recipe, setting):
     with pytest.raises(ConfigError, match=f"data.{setting.partition('=')[0]} must be"):
-        configs.load(tiny_recipe, [f"data.{setting}"])
+        recipe.load(tiny_recipe, [f"data.{setting}"])
 
 
 def test_each_process_has_a_filesystem_of_its_own():

@@ -14,7 +14,7 @@ from weakclip.data.index import Index, ShardError, open_index, select_shards
 from weakclip.data.plan import Mix, Order
 from weakclip.data.reading import read_entry
 from weakclip.data.sample import Cam, decode_sample
-from weakclip.data.stream import Batch, StoredSamples, training_batches
+from weakclip.data.stream import Batch, StoredSamples, StreamSettings, training_batches
 from weakclip.masks.seeds import cam_maps, seed_mask
 
 NAMES = ("background", "cat", "dog", "cow")
@@ -27,7 +27,9 @@ def shards(tmp_path_factory, make_shards) -> Index:
 
 
 def batches(index: Index, config, count: int, **where: int) -> list[Batch]:
-    return list(islice(training_batches(index, config, partial(seed_mask, config=config.seeds), **where), count))
+    return list(
+        islice(training_batches(index, StreamSettings.of(config), partial(seed_mask, config=config.seeds), **where), count)
+    )
 
 
 def same(first: Batch, second: Batch) -> bool:

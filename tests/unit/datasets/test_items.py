@@ -137,15 +137,15 @@ def test_files_and_annotations_must_agree(split):
 
 
 def test_an_image_that_is_not_listed_is_named(split):
-    with pytest.raises(ShardError, match=r"d.jpg: .*instances.json has nothing about this image \(and 1 more\)"):
+    with pytest.raises(ShardError, match=r"d.jpg: .*instances.json does not list this image \(and 1 more\)"):
         coco_items(**split([], files=("a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.png")))
 
 
 @pytest.mark.parametrize(
     "annotations, changes, message",
     [
-        ([annotation(4, 12, [])], {}, "category_id 12 is not one of COCO's 80 things"),
-        ([annotation(77, 1, [])], {}, "annotations of image 77, which it does not list"),
+        ([annotation(4, 12, [])], {}, "category_id 12 is not one of COCO's 80 thing classes"),
+        ([annotation(77, 1, [])], {}, "annotations of image 77, which is not listed"),
         ([{"image_id": 4}], {}, "not a COCO instances file .*category_id"),
         ([], {"images": [{"id": 4}]}, "not a COCO instances file .*file_name"),
         ([], {"images": [{"id": 4, "file_name": "a.jpg", "height": H, "width": W}] * 2}, "two images have the same id"),
@@ -258,7 +258,7 @@ def test_test_images_of_voc_have_no_labels_whatever_xml_there_is(devkit):
 @pytest.mark.parametrize("key", ["2009_000001", 2009000001, np.int32(2009000001), np.str_("2009_000001")])
 def test_voc_labels_without_xml_come_from_cls_labels(devkit, tmp_path, key):
     (devkit / "Annotations/2009_000001.xml").unlink()
-    with pytest.raises(ShardError, match="2009_000001.xml: no such file; give the labels .* by --labels"):
+    with pytest.raises(ShardError, match="2009_000001.xml: no such file; pass the labels .* with --labels"):
         voc_items(devkit, "train")
     hot_n = np.zeros(20, np.float32)
     hot_n[[0, 19]] = 1
@@ -270,12 +270,12 @@ def test_voc_labels_without_xml_come_from_cls_labels(devkit, tmp_path, key):
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ({"2009_000001": np.ones(21)}, "--labels: those of '2009_000001' are not 20 zeros and ones"),
-        ({"2009_000001": np.full(20, np.nan)}, "not 20 zeros and ones"),
-        ({"2009_000001": np.full(20, 0.5)}, "not 20 zeros and ones"),
-        ({"2009_000001": [1, [2]]}, "not 20 zeros and ones"),
-        ({"2009_000001": np.full(20, None)}, "not 20 zeros and ones"),
-        ({"2009_000002": np.ones(20)}, "2009_000001.xml: no such file; give the labels"),
+        ({"2009_000001": np.ones(21)}, "--labels: '2009_000001' must have 20 zeros and ones"),
+        ({"2009_000001": np.full(20, np.nan)}, "must have 20 zeros and ones"),
+        ({"2009_000001": np.full(20, 0.5)}, "must have 20 zeros and ones"),
+        ({"2009_000001": [1, [2]]}, "must have 20 zeros and ones"),
+        ({"2009_000001": np.full(20, None)}, "must have 20 zeros and ones"),
+        ({"2009_000002": np.ones(20)}, "2009_000001.xml: no such file; pass the labels"),
         (np.ones((3, 20)), "cls_labels.npy: holds no dict"),
         ({"2009_000001": Path("x")}, "cls_labels.npy: refused to load"),
     ],
@@ -315,9 +315,9 @@ def test_bad_xml_is_named(devkit, text, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("trainaug",), "Segmentation/trainaug.txt: no such split, nor is 'trainaug' a file"),
+        (("trainaug",), "Segmentation/trainaug.txt: no such split, and 'trainaug' is not a file"),
         (("test", Path("cls_labels.npy")), "cls_labels.npy: VOC's test images have no labels"),
-        (("train", Path("labels.txt")), "labels.txt: --labels is a .npy or .npz"),
+        (("train", Path("labels.txt")), "labels.txt: --labels must be a .npy or .npz"),
     ],
 )
 def test_mistakes_with_a_devkit_are_named(devkit, arguments, message):
@@ -326,7 +326,7 @@ def test_mistakes_with_a_devkit_are_named(devkit, arguments, message):
 
 
 def test_missing_parts_of_a_devkit_are_named(devkit):
-    with pytest.raises(ShardError, match="VOCdevkit: has no JPEGImages; --devkit is the directory VOCdevkit/VOC2012"):
+    with pytest.raises(ShardError, match="VOCdevkit: has no JPEGImages; --devkit must be the directory VOCdevkit/VOC2012"):
         voc_items(devkit.parent, "train")
     (devkit / "ImageSets/Segmentation/val.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ShardError, match="val.txt: not a list of names"):
@@ -392,11 +392,11 @@ def test_masks_of_a_folder_are_found_by_key(tmp_path, pets):
         ("a.jpg,dog\n", "line 1 must be the header file,labels, is 'a.jpg,dog'"),
         ("file;labels\na.jpg;dog\n", "line 1 must be the header file,labels, is 'file;labels'"),
         ("file,labels,labels\n", "line 1 must be the header"),
-        ("file,labels\na.jpg,dog,cat\n", "line 2: has not one field a column; part labels by ';'"),
-        ("file,labels\na.jpg,dog\nb.png\n", "line 3: has not one field a column"),
-        ("file,labels\na.jpg,dgo\n", "line 2: 'dgo' is none of the 3 classes; the nearest is 'dog'"),
-        ("file,labels\na.jpg,background\n", "line 2: 'background' is none of the 3 classes"),
-        ("file,labels\na.jpg,\nb.png,\n", "pets/c.JPEG: .*labels.csv has nothing about this image"),
+        ("file,labels\na.jpg,dog,cat\n", "line 2: must have one field per column; separate labels by ';'"),
+        ("file,labels\na.jpg,dog\nb.png\n", "line 3: must have one field per column"),
+        ("file,labels\na.jpg,dgo\n", "line 2: 'dgo' is not one of the 3 classes; the closest is 'dog'"),
+        ("file,labels\na.jpg,background\n", "line 2: 'background' is not one of the 3 classes"),
+        ("file,labels\na.jpg,\nb.png,\n", "pets/c.JPEG: .*labels.csv does not list this image"),
         ("file,labels\na.jpg,\nb.png,\nc.JPEG,\nd.webp,\n", "pets/d.webp: no such JPEG or PNG image, but .*labels.csv lists it"),
         ('file,labels\n"a.jpg,\n', "not a CSV in UTF-8"),
         (b"file,labels\na.jpg,\xff\n", "not a CSV in UTF-8"),
@@ -424,7 +424,7 @@ def test_an_image_that_is_none_is_named(tmp_path):
 
 def test_an_image_of_another_size_than_its_annotations_is_named(tmp_path):
     item = Item("a", save_image(tmp_path / "a.jpg"), (1,), size_HW=(W, H))
-    with pytest.raises(ShardError, match=r"a.jpg: its size is \(40, 60\), its annotations are for \(60, 40\)"):
+    with pytest.raises(ShardError, match=r"a.jpg: its size \(H, W\) is \(40, 60\), but its annotations are for \(60, 40\)"):
         loaded(item)
 
 
@@ -440,9 +440,9 @@ def test_cams_and_seeds_are_found_by_key(tmp_path):
     assert a.cam.classes == (1,) and a.seed is None
     assert b.cam is None and b.seed == (cams / "b.png").read_bytes()
     np.savez(cams / "a.npz", **{"0": MAP})
-    with pytest.raises(ShardError, match="a.npy: there is a.npz too"):
+    with pytest.raises(ShardError, match="a.npy: a.npz exists too"):
         with_cams(items, cams)
-    with pytest.raises(ShardError, match="a.jpg: has no labels, which its CAM needs; leave --cams out"):
+    with pytest.raises(ShardError, match="a.jpg: has no labels, but a CAM needs them; leave --cams out"):
         with_cams([replace(items[0], classes=None)], cams)
 
 

@@ -38,8 +38,9 @@ class Pictures:
 
 def build(out: Path, pictures: Pictures, count: int = 9, about: int = 1, versions: dict[int, int] | None = None) -> Build[int]:
     """Of `count` pictures, two a shard."""
+    made_of = {"about": about}
     return Build(
-        range(count), pictures, out, NAMES, 2, about={"about": about}, version=lambda number: str((versions or {}).get(number))
+        range(count), pictures, out, NAMES, 2, provenance=made_of, version=lambda number: str((versions or {}).get(number))
     )
 
 
@@ -98,9 +99,9 @@ def test_a_picture_that_changed_meanwhile_is_written_anew(tmp_path):
 def test_another_build_in_the_same_place_is_refused(tmp_path):
     with pytest.raises(ShardError):
         build(tmp_path / "set", Pictures(broken={6})).run()
-    with pytest.raises(ShardError, match=r"set\.partial: another build was stopped here .*build\.json.*remove it"):
+    with pytest.raises(ShardError, match=r"set\.partial: holds another unfinished build .*build\.json.*remove it"):
         build(tmp_path / "set", Pictures(), about=2).run()
-    with pytest.raises(ShardError, match="another build was stopped here"):
+    with pytest.raises(ShardError, match="holds another unfinished build"):
         build(tmp_path / "set", Pictures(), count=11).run()
 
 
@@ -113,7 +114,7 @@ def test_a_build_that_wrote_nothing_leaves_nothing(tmp_path):
 def test_strangers_files_are_not_touched(tmp_path):
     (tmp_path / "set.partial").mkdir()
     (tmp_path / "set.partial" / "thesis.tex").touch()
-    with pytest.raises(ShardError, match="holds files that are no shards in the making"):
+    with pytest.raises(ShardError, match="holds files that are not an unfinished build"):
         build(tmp_path / "set", Pictures()).run()
     assert (tmp_path / "set.partial" / "thesis.tex").exists()
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from weakclip.config import AugmentConfig, ConfigError, RetrainConfig
+from weakclip.config import AugmentConfig, Config, ConfigError, RetrainConfig
 from weakclip.demo import annotator, backbones, image_pool, resumable, world
 from weakclip.labels import DEMO
-from weakclip.networks import build
 from weakclip.networks.mctformer import MCTformer
+from weakclip.networks.wrappers import build_segmentation
 
 NETWORKS = {
     "deit_tiny": ("segmenter", "deit_tiny_patch16_224"),
@@ -26,7 +26,8 @@ def test_a_backbones_file_is_read_like_a_published_one(name, tmp_path):
         assert all(shape[0] == 2 and 2 * shape[2] == 3 * shape[3] for shape in shapes)
     backbone.write(tmp_path)
     network, size = NETWORKS[name]
-    built = build(RetrainConfig(network, size, augment=AugmentConfig(crop=192)), len(DEMO))
+    config = Config(retrain=RetrainConfig(network, size, augment=AugmentConfig(crop=192)))
+    built = build_segmentation(config, len(DEMO), pretrained=False).network
     built.load_pretrained(tmp_path / "model.safetensors")
     found = load_file(tmp_path / "model.safetensors")
     written = {tensor.sum().item() for key, tensor in found.items() if tensor.ndim == 4 and not key.startswith("fc8.")}

@@ -16,6 +16,8 @@ from weakclip.data.index import Index
 from weakclip.data.stream import StoredSamples
 from weakclip.evaluation.score_files import Scored
 from weakclip.masks import mask_folder
+from weakclip.masks.mask_folder import MaskSettings
+from weakclip.runtime.run_dir import RunDir
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def judged(make_shards, tiny_config, tmp_path):
     folder = Path(config.run) / "pseudo"
     weights = tmp_path / "weights"
     weights.write_bytes(b"1")
-    mask_folder.claim(folder, config, weights)
+    mask_folder.open_for_writing(folder, MaskSettings.of(config), weights)
     for number, entry in enumerate(index.entries):
         mask_folder.save(np.random.default_rng(number).integers(0, 3, (48, 64), np.uint8), folder / f"{entry.key}.png")
     return config, index
@@ -40,7 +42,7 @@ def images(make_shards, tmp_path_factory) -> list:
 
 
 def whole(run: Path) -> dict:
-    return json.loads(Scored.pseudo(run).whole.read_text())
+    return json.loads(Scored.pseudo(RunDir(run)).whole.read_text())
 
 
 @pytest.mark.parametrize("parts", [[None], ["0:1", "1:3"], ["2:3", "0:1", "1:2"], ["0:3", "0:3"]], ids=str)
@@ -48,10 +50,10 @@ def test_parts_add_up_to_the_whole(judged, parts):
     config, index = judged
     run = Path(config.run)
     for number, part in enumerate(parts):
-        assert number == 0 or part == "0:3" or not Scored.pseudo(run).whole.exists()
+        assert number == 0 or part == "0:3" or not Scored.pseudo(RunDir(run)).whole.exists()
         evaluate.run_part(config, part)
     at_once = evaluate.run(config, "masks", str(index.root), None, run / "pseudo")
-    assert whole(run) == {**at_once.as_dict(), "masks": mask_folder.read_about(run / "pseudo")}
+    assert whole(run) == {**at_once.as_dict(), "masks": mask_folder.read_provenance(run / "pseudo")}
 
 
 @given(st.lists(st.integers(0, 6), max_size=6), st.randoms())
@@ -78,11 +80,11 @@ def test_counts_of_an_earlier_version_are_counted_anew(judged):
     now = whole(run)
     earlier = run / "scores" / f"{index.shards[0].name}.json"
     earlier.write_text(json.dumps({key: value for key, value in json.loads(earlier.read_text()).items() if key != "boundary"}))
-    assert [Scored.pseudo(run).counts(shard.name) is None for shard in index.shards] == [True, False, False]
-    Scored.pseudo(run).whole.write_text(json.dumps({key: now[key] for key in ("miou", "iou", "masks")}))
-    assert Scored.pseudo(run).done(index) == (2, 3) and Scored.pseudo(run).add_up(index) is None
+    assert [Scored.pseudo(RunDir(run)).counts(shard.name) is None for shard in index.shards] == [True, False, False]
+    Scored.pseudo(RunDir(run)).whole.write_text(json.dumps({key: now[key] for key in ("miou", "iou", "masks")}))
+    assert Scored.pseudo(RunDir(run)).done(index) == (2, 3) and Scored.pseudo(RunDir(run)).add_up(index) is None
     evaluate.run_part(config, None)
-    assert Scored.pseudo(run).done(index) == (3, 3) and whole(run) == now
+    assert Scored.pseudo(RunDir(run)).done(index) == (3, 3) and whole(run) == now
 
 
 def test_a_shard_that_is_counted_is_not_read_again(judged):
@@ -99,7 +101,7 @@ def test_counts_of_other_masks_are_counted_anew(judged, tmp_path):
     evaluate.run_part(config, None)
     before = whole(run)
     (run / "pseudo" / "about.json").write_text('{"weights": "others"}')
-    place = Scored.pseudo(run)
+    place = Scored.pseudo(RunDir(run))
     assert all(place.counts(shard.name) is None for shard in index.shards) and place.add_up(index) is None
     for entry in index.entries:
         mask_folder.save(np.zeros((48, 64), np.uint8), run / "pseudo" / f"{entry.key}.png")

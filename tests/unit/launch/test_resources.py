@@ -65,15 +65,15 @@ def test_the_repositorys_examples_are_read(repo):
         ("stages: {train: {nodez: 2}}", "stages.train: unknown key 'nodez'; there are nodes"),
         (
             "stages: {polish: {nodes: 2}}",
-            "stages.polish: no such stage; there are shards, classify, cam, train, pseudo, retrain, test, evaluate",
+            "stages.polish: no such stage; the stages are shards, classify, cam, train, pseudo, retrain, test, evaluate",
         ),
         ("nodes: two", "cluster.yaml: Value 'two' .* could not be converted to Integer"),
         ("nodes: 0", "cluster.yaml: nodes must be 1 or more"),
         ("gpus_per_node: -1", "cluster.yaml: gpus_per_node must be 0 or more"),
         ("stages: {train: {array_size: 0}}", "stages.train: array_size must be 1 or more"),
-        ("time: tomorrow", "cluster.yaml: time: 'tomorrow' is no time of Slurm's, such as 90, 12:00:00 or 2-00:00:00"),
-        ("time: 2\nsignal_delay: 300", "cluster.yaml: time: 2 is over before signal_delay, 300 seconds"),
-        ("stages: {train: {time: 1}}", "stages.train: time: 1 is over before signal_delay, 120 seconds"),
+        ("time: tomorrow", "cluster.yaml: time: 'tomorrow' is not a Slurm time such as 90, 12:00:00 or 2-00:00:00"),
+        ("time: 2\nsignal_delay: 300", "cluster.yaml: time: 2 must exceed signal_delay, 300 seconds"),
+        ("stages: {train: {time: 1}}", "stages.train: time: 1 must exceed signal_delay, 120 seconds"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path, text, message):
@@ -83,12 +83,12 @@ def test_a_mistake_in_the_file_is_named(tmp_path, text, message):
 
 
 def test_a_mistake_in_an_option_is_named():
-    with pytest.raises(ConfigError, match="command line: time: 'soon' is no time"):
+    with pytest.raises(ConfigError, match="command line: time: 'soon' is not a Slurm time"):
         Resources.read(None, {"time": "soon"})
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="none.yaml: no such file of cluster defaults; configs/cluster/ has examples"):
+    with pytest.raises(ConfigError, match="none.yaml: no such file; it should hold cluster defaults"):
         Resources.read(tmp_path / "none.yaml", {})
 
 
@@ -122,7 +122,7 @@ def test_times_are_read_as_slurm_reads_them(time, minutes):
 
 @pytest.mark.parametrize("time", ["", "0", "00:00", "-5", "1:2:3:4", "12h", "1-", "1-2-3", "1.5", " 90", "UNLIMITED"])
 def test_other_times_are_refused(time):
-    with pytest.raises(ConfigError, match="time: .* is no time of Slurm's"):
+    with pytest.raises(ConfigError, match="time: .* is not a Slurm time"):
         Resources(time=time)
 
 
@@ -144,7 +144,7 @@ def test_times_in_a_file_need_no_quotes(tmp_path, time, minutes):
 
 def test_a_job_cannot_be_warned_before_it_begins():
     assert Resources(time="3", signal_delay=179)
-    with pytest.raises(ConfigError, match="time: 3 is over before signal_delay, 180 seconds"):
+    with pytest.raises(ConfigError, match="time: 3 must exceed signal_delay, 180 seconds"):
         Resources(time="3", signal_delay=180)
 
 
@@ -220,7 +220,7 @@ def test_a_machine_without_slurm_runs_what_fits_on_it():
 
 
 def test_a_machine_without_slurm_is_one_node_and_starts_no_container():
-    with pytest.raises(ConfigError, match="nodes: 2, but without Slurm there is only this machine"):
+    with pytest.raises(ConfigError, match="nodes: 2, but there is only this machine without Slurm"):
         Resources(nodes=2).local()
-    with pytest.raises(ConfigError, match="container: there is no Slurm to start it; start this command in it instead"):
+    with pytest.raises(ConfigError, match="container: only Slurm starts containers; run this command inside the container instead"):
         Resources(container="image.sif").local()

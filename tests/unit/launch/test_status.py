@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from weakclip import cam, cli
-from weakclip.config import save
+from weakclip import cli
+from weakclip.cams import make
 from weakclip.data.index import Index
-from weakclip.datasets.writing import claim
+from weakclip.datasets.writing import open_for_writing
 from weakclip.launch import journal, logs, status
-from weakclip.launch.journal import Entry
+from weakclip.launch.journal import Submission
+from weakclip.recipe import save
+from weakclip.runtime.run_dir import RunDir
 
 IMAGES = 7
 
@@ -35,11 +37,11 @@ def note(run, tiny_config, shards):
     """`note("train", "12", tasks=None, after=[])`: as if submitted; returns the job's folder."""
 
     def submitted(stage: str, job: str, tasks: int | None = None, after: tuple[str, ...] = (), cluster: str = "slurm") -> Path:
-        folder = journal.next_folder(run, stage)
+        folder = journal.next_folder(RunDir(run), stage)
         folder.mkdir(parents=True)
         config = tiny_config(f"data.train={shards}", "retrain.network=segformer", "retrain.train.steps=20")
         save(config, folder / "config.yaml")
-        journal.add(run, Entry.of(stage, job, tasks, cluster, folder, list(after)))
+        journal.add(RunDir(run), Submission.of(stage, job, tasks, cluster, folder, list(after)))
         return folder
 
     return submitted
@@ -86,7 +88,7 @@ def says(folder: Path, name: str, text: str, time: int = 1000) -> None:
 def test_a_run_without_jobs_is_one_clear_line(run, capsys):
     with pytest.raises(SystemExit, match="1"):
         cli.run(status.main, [str(run)])
-    assert capsys.readouterr().err == f"error: {run}: no job was submitted for it; python launch/submit.py does that\n"
+    assert capsys.readouterr().err == f"error: {run}: no job was submitted for it; submit one with: python launch/submit.py\n"
 
 
 def test_the_table_is_printed(run, note, slurm, capsys):
@@ -176,11 +178,11 @@ def test_stages_stand_in_the_order_of_the_chain(run, note):
 
 def test_cams_in_the_making_are_counted_by_shards(run, note, tiny_config, shards, tmp_path):
     folder = note("cam", "12", tasks=2)
-    options = (f"data.train={tmp_path}/cams", f"cam.data={shards}")
+    options = (f"data.train={tmp_path}/cams", f"data.labelled={shards}")
     config = tiny_config(*options)
     save(config, folder / "config.yaml")
     assert rows(run)["cam"]["progress"] == "0/3 shards"
-    claim(tmp_path / "cams", {**cam.about(config, Index.load(shards)), "shards": 3})
+    open_for_writing(tmp_path / "cams", {**make.provenance(config, Index.load(shards)), "shards": 3})
     for number, time in enumerate((1000, 1010)):
         written = tmp_path / f"cams.partial/shard-0000{number}.json"
         written.touch()
@@ -196,7 +198,7 @@ def test_a_job_that_slurm_has_forgotten_is_unknown(run, note):
 def test_products_of_another_config_are_said_in_their_place(run, note, tiny_config):
     note("train", "12")
     save(tiny_config("seed=3"), run / "config.yaml")
-    assert rows(run)["train"]["progress"].startswith(f"? (run: {run} was made with another seed, data.train; ")
+    assert rows(run)["train"]["progress"].startswith(f"? (run: {run} was started with another seed, data.train; ")
 
 
 def test_processes_of_this_machine_are_seen_without_slurm(run, note):

@@ -12,15 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weakclip import cli
-from weakclip.config import ConfigError, load, save
+from weakclip.config import ConfigError
 from weakclip.data.index import Index
 from weakclip.evaluation.metrics import Counts
 from weakclip.evaluation.score_files import Scored
 from weakclip.launch import journal, submit
-from weakclip.launch.journal import Entry
+from weakclip.launch.journal import Submission
 from weakclip.launch.resources import Resources
 from weakclip.masks import mask_folder
+from weakclip.masks.mask_folder import MaskSettings
+from weakclip.recipe import load, save
 from weakclip.runtime import lock
+from weakclip.runtime.run_dir import RunDir
 
 SHARDS = 20
 FEW = settings(max_examples=60, deadline=None)
@@ -96,14 +99,14 @@ def complete(config, run: Path, *stages: str) -> None:
             (run / name).touch()
         save(config, run / "config.yaml")
     if "pseudo" in stages:
-        mask_folder.claim(run / "pseudo", config, run / "weights/last.safetensors")
+        mask_folder.open_for_writing(run / "pseudo", MaskSettings.of(config), run / "weights/last.safetensors")
         for number in range(SHARDS):
             (run / f"pseudo/image_{number}.png").touch()
     if "evaluate" in stages:
         index = Index.load(config.data.train)
         for shard in index.shards:
-            Scored.pseudo(run).write_counts(shard.name, Counts.zero(len(index.classes)))
-        Scored.pseudo(run).add_up(index)
+            Scored.pseudo(RunDir(run)).write_counts(shard.name, Counts.zero(len(index.classes)))
+        Scored.pseudo(RunDir(run)).add_up(index)
 
 
 # ----------------------------------------------------------------------------------------------------------------- dry run
@@ -132,7 +135,7 @@ def test_the_defaults_may_come_from_the_environment(command, tmp_path, capsys):
 
 
 def test_an_array_that_makes_cams_has_a_part_for_each_shard_of_the_labelled_set(command, shards, tmp_path, capsys):
-    labelled = (f"cam.data={shards}", f"data.train={tmp_path}/cams")
+    labelled = (f"data.labelled={shards}", f"data.train={tmp_path}/cams")
     submit.main(command("all", "--dry-run", "--array-size", "7", *labelled))
     said = capsys.readouterr().out
     stages = [line.removeprefix("# ---- ") for line in said.splitlines() if line.startswith("# ----")]
@@ -171,7 +174,7 @@ def test_more_tasks_than_shards_are_refused_where_they_were_asked_for(shards, as
     if asked <= shards:
         assert len(submit.slices(shards, resources, asked)) == asked
     else:
-        with pytest.raises(ConfigError, match=f"--array-size {asked}: there are {shards} shards, of which each"):
+        with pytest.raises(ConfigError, match=f"--array-size {asked}: there are only {shards} shards, and each"):
             submit.slices(shards, resources, asked)
 
 
@@ -190,12 +193,12 @@ def test_an_unknown_stage_is_refused(command, capsys):
         ("train", ["train.bacth=2"], "train.bacth=2: unknown key 'train.bacth'; the nearest is 'train.batch'"),
         ("train", ["data.train=nowhere"], "nowhere/index.json: no such file; `python shards/build.py` makes a shard set, `py"),
         ("train", ["classes=coco"], "classes"),
-        ("cam", [], "cam.data is null: it names the shard set with labels that CAMs are made for"),
-        ("cam", ["cam.data=none", "data.build=[folder,--images,none]"], "none/index.json: no such file"),
+        ("cam", [], "data.labelled is null; set it to the shard set with image labels that CAMs are made for"),
+        ("cam", ["data.labelled=none", "data.build={source: folder, images: none}"], "none/index.json: no such file"),
         ("train", ["--nodes", "0"], "command line: nodes must be 1 or more"),
-        ("train", ["--time", "soon"], "command line: time: 'soon' is no time of Slurm's"),
-        ("train", ["--defaults", "none.yaml"], "none.yaml: no such file of cluster defaults; configs/cluster/ has examples"),
-        ("pseudo", ["--array-size", "21"], "--array-size 21: there are 20 shards, of which each task takes at least one"),
+        ("train", ["--time", "soon"], "command line: time: 'soon' is not a Slurm time"),
+        ("train", ["--defaults", "none.yaml"], "none.yaml: no such file; it should hold cluster defaults"),
+        ("pseudo", ["--array-size", "21"], "--array-size 21: there are only 20 shards, and each task needs at least one"),
         ("all", ["--array-size", "21"], "--array-size 21: there are 20 shards"),
     ],
 )
@@ -208,38 +211,38 @@ def test_another_runs_directory_is_refused(command, config, run, capsys, tmp_pat
     run.mkdir()
     save(config("seed=3"), run / "config.yaml")
     error = refused(capsys, command("all"))
-    assert f"run: {run} was made with another seed; set it as in {run}/config.yaml, or set run anew" in error
+    message = f"run: {run} was started with another seed; set it as in {run}/config.yaml, or set run to another directory"
+    assert message in error
     assert [path.name for path in run.iterdir()] == ["config.yaml"] and not submitted(tmp_path)
 
 
 def test_masks_of_other_options_are_refused(command, config, run, capsys, tmp_path):
     complete(config(), run, "train", "pseudo")
     error = refused(capsys, command("pseudo", "pseudo.flip=false"))
-    assert (
-        f"{run}/pseudo holds masks of other weights or options (see {run}/pseudo/about.json); remove it or set run anew" in error
-    )
+    message = f"{run}/pseudo holds masks of other weights or settings (see {run}/pseudo/about.json); remove it, or set run to "
+    assert message + "another directory" in error
     assert not (run / "jobs").exists() and not submitted(tmp_path)
 
 
 def test_masks_of_weights_that_are_gone_are_refused(command, config, run, capsys):
     complete(config(), run, "train", "pseudo")
     (run / "weights/last.safetensors").unlink()
-    assert "holds masks of other weights or options" in refused(capsys, command("pseudo"))
+    assert "holds masks of other weights or settings" in refused(capsys, command("pseudo"))
 
 
 def test_a_run_that_is_worked_on_is_refused(command, run, capsys, tmp_path):
     run.mkdir()
-    lock.take(run)  # by this process, which lives
-    assert f"run: {run} is being worked on by" in refused(capsys, command("train"))
+    lock.take(RunDir(run))  # by this process, which lives
+    assert f"run: {run} is in use by" in refused(capsys, command("train"))
     submit.main(command("train", "--dry-run"))  # does no harm
     assert not (run / "jobs").exists() and not submitted(tmp_path)
 
 
 def test_a_run_whose_job_waits_is_refused(command, run, capsys, tmp_path, programs):
     (run / "jobs").mkdir(parents=True)
-    journal.add(run, Entry.of("train", "41", None, "slurm", run / "jobs/1-train", []))
+    journal.add(RunDir(run), Submission.of("train", "41", None, "slurm", run / "jobs/1-train", []))
     programs(squeue='[ "$2" = --jobs=41 ] && echo PENDING')
-    assert f"run: job 41 (train) waits or works on {run}; scancel 41 ends it" in refused(capsys, command("train"))
+    assert f"run: job 41 (train) is pending or running; cancel it: scancel 41" in refused(capsys, command("train"))
     assert not submitted(tmp_path)
     programs(squeue="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     submit.main(command("train"))
@@ -287,7 +290,7 @@ def test_nothing_is_submitted_where_all_is_complete(command, config, run, capsys
 
 def test_masks_of_an_earlier_training_are_not_those_of_the_next(command, config, run, capsys, tmp_path):
     complete(config(), run, "train", "pseudo", "evaluate")
-    message = "pseudo: 20/20 images are there of an earlier train; remove them, submit train alone, or set run"
+    message = "pseudo: 20/20 images of an earlier train exist; remove them, submit train alone, or change run"
     assert message in refused(capsys, command("all", "train.steps=30"))
     submit.main(command("train", "train.steps=30"))
     assert len(submitted(tmp_path)) == 1
@@ -309,7 +312,7 @@ def test_each_job_waits_for_the_one_before_and_is_noted(command, run, capsys, tm
     scripts = [path.read_text() for path in submitted(tmp_path)]
     assert [re.findall(r"--dependency=(.*)", script) for script in scripts] == [[], ["afterok:101"], ["afterok:102"]]
     assert [re.findall(r"--job-name=(.*)", script) for script in scripts] == [["tiny-train"], ["tiny-pseudo"], ["tiny-evaluate"]]
-    entries = journal.read(run)
+    entries = journal.read(RunDir(run))
     assert [(entry.stage, entry.job, entry.tasks, entry.after) for entry in entries] == [
         ("train", "101", None, []),
         ("pseudo", "102", 5, ["101"]),

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from weakclip.config import CrfConfig, load
+from weakclip.config import CrfConfig
 from weakclip.masks.crf import BOUNDARY, dense_crf, refine
+from weakclip.recipe import load
 
 
 @pytest.fixture(scope="module")

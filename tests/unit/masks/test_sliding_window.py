@@ -8,15 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weakclip.config import PseudoConfig
+from weakclip.config import InferenceConfig
 from weakclip.data.photometric import IMAGENET
 from weakclip.masks.sliding_window import Predictor, predict, slide, starts
 
 SCALE = (128, 64)
 
 
-def settings(**changes) -> PseudoConfig:
-    return PseudoConfig(**({"scales": [1.0], "flip": False, "window": 64, "stride": 42} | changes))
+def settings(**changes) -> InferenceConfig:
+    return InferenceConfig(**({"scales": [1.0], "flip": False, "window": 64, "stride": 42} | changes))
 
 
 def picture(H: int, W: int) -> np.ndarray:

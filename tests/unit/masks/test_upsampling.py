@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from weakclip.config import PseudoConfig
+from weakclip.config import InferenceConfig
 from weakclip.data.photometric import IMAGENET
 from weakclip.data.transforms import resize_image
 from weakclip.masks import sliding_window
@@ -17,8 +17,8 @@ from weakclip.masks.upsampling import WHOLE, joined
 SCALE = (256, 96)
 
 
-def settings(**changes) -> PseudoConfig:
-    return PseudoConfig(**({"scales": [0.5, 1.0, 1.6], "flip": True, "window": 64, "stride": 40} | changes))
+def settings(**changes) -> InferenceConfig:
+    return InferenceConfig(**({"scales": [0.5, 1.0, 1.6], "flip": True, "window": 64, "stride": 40} | changes))
 
 
 def network(sharpness: float, classes: int = 12, smooth: int = 8) -> Predictor:
@@ -38,7 +38,7 @@ def picture(H: int, W: int, coarse: int = 16) -> np.ndarray:
     return resize_image(small, (H, W))
 
 
-def plainly(predictor: Predictor, image_HW3: np.ndarray, config: PseudoConfig) -> torch.Tensor:
+def plainly(predictor: Predictor, image_HW3: np.ndarray, config: InferenceConfig) -> torch.Tensor:
     """The released code's order of work: each window resized and added, then all classes at the image's size."""
     total, count = torch.zeros(()), 0
     for h, w in scaled_sizes(image_HW3, config, SCALE):

@@ -13,9 +13,21 @@ from safetensors.torch import load_file
 
 from weakclip.config import LossConfig
 from weakclip.data.photometric import IMAGENET
-from weakclip.models.losses import auxiliary_loss, boundary_loss, boundary_target, crf_images, seeding_loss, weakclip_losses
+from weakclip.models.losses import (
+    LossInputs,
+    auxiliary_loss,
+    boundary_loss,
+    boundary_target,
+    crf_images,
+    seeding_loss,
+    weighted_losses,
+)
 
 CLAMP = (0.05, 20)
+
+
+def losses_of(*inputs):
+    return weighted_losses(LossInputs(*inputs))
 
 
 @pytest.fixture(scope="module", params=["sq", "rect"])
@@ -43,7 +55,7 @@ def random_probs(*shape: int) -> torch.Tensor:
 
 def test_losses_of_the_released_logits_are_the_released_losses(case):
     config = LossConfig(grid=[16, 16])
-    losses = weakclip_losses(case["logits_at_feature_size"], case["score_map"], case["seeds"], case["images"], config)
+    losses = losses_of(case["logits_at_feature_size"], case["score_map"], case["seeds"], case["images"], config)
     for name, loss in losses.items():
         assert loss.item() == pytest.approx(case[name], rel=1e-5), name
     assert sum(loss.item() for loss in losses.values()) == pytest.approx(case["total"], rel=1e-5)
@@ -134,7 +146,7 @@ def test_the_target_is_a_constant():
     logits = torch.randn(1, 3, 8, 8, requires_grad=True)
     images = torch.randn(1, 3, 32, 32, requires_grad=True)
     seeds = torch.randint(0, 3, (1, 32, 32))
-    weakclip_losses(logits, torch.rand(1, 3, 2, 2), seeds, images, LossConfig(grid=[8, 8]))["boundary"].backward()
+    losses_of(logits, torch.rand(1, 3, 2, 2), seeds, images, LossConfig(grid=[8, 8]))["boundary"].backward()
     assert images.grad is None and logits.grad.isfinite().all()
 
 
@@ -168,13 +180,16 @@ def test_auxiliary_resizes_the_scores_to_the_seeds(case):
 def some_losses(config: LossConfig, side: int = 16) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     seeds = torch.randint(0, 3, (2, 64, 64))
-    return weakclip_losses(torch.randn(2, 3, side, side), torch.rand(2, 3, 4, 4), seeds, torch.randn(2, 3, 64, 64), config)
+    return losses_of(torch.randn(2, 3, side, side), torch.rand(2, 3, 4, 4), seeds, torch.randn(2, 3, 64, 64), config)
 
 
 def test_losses_are_switched_by_the_config():
     assert list(some_losses(LossConfig(grid=[16, 16]))) == ["seeding", "boundary", "auxiliary"]
-    assert list(some_losses(LossConfig(grid=[16, 16], boundary=False, auxiliary=0))) == ["seeding"]
-    once, twice = some_losses(LossConfig(grid=[16, 16])), some_losses(LossConfig(grid=[16, 16], auxiliary=0.8))
+    assert list(some_losses(LossConfig(grid=[16, 16], weights={"seeding": 1.0}))) == ["seeding"]
+    once, twice = (
+        some_losses(LossConfig(grid=[16, 16])),
+        some_losses(LossConfig(grid=[16, 16], weights={"seeding": 1.0, "boundary": 1.0, "auxiliary": 0.8})),
+    )
     assert twice["auxiliary"].item() == pytest.approx(2 * once["auxiliary"].item())
 
 
@@ -191,8 +206,8 @@ def test_losses_are_switched_by_the_config():
 def test_corners_are_aligned_exactly_on_an_odd_grid_unless_told_otherwise(grid, side, choice, aligned):
     torch.manual_seed(0)
     logits, seeds = torch.randn(1, 3, side, side), torch.randint(0, 3, (1, 64, 64))
-    config = LossConfig(grid=grid, align_corners=choice, boundary=False, auxiliary=0)
-    found = weakclip_losses(logits, torch.rand(1, 3, 4, 4), seeds, torch.randn(1, 3, 64, 64), config)["seeding"]
+    config = LossConfig(grid=grid, align_corners=choice, weights={"seeding": 1.0})
+    found = losses_of(logits, torch.rand(1, 3, 4, 4), seeds, torch.randn(1, 3, 64, 64), config)["seeding"]
     resized = F.interpolate(logits, size=tuple(grid), mode="bilinear", align_corners=aligned)
     seeds_BGG = F.interpolate(seeds[:, None].float(), size=tuple(grid))[:, 0].long()
     assert found.item() == pytest.approx(seeding_loss(resized.softmax(1), seeds_BGG, True).item(), rel=1e-5)
@@ -201,6 +216,6 @@ def test_corners_are_aligned_exactly_on_an_odd_grid_unless_told_otherwise(grid, 
 def test_certain_logits_and_bf16_stay_finite():
     logits = torch.tensor([1e4, -1e4, 0.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8).bfloat16().requires_grad_()
     seeds, images = torch.ones(1, 32, 32, dtype=torch.int64), torch.randn(1, 3, 32, 32)
-    losses = weakclip_losses(logits, torch.zeros(1, 3, 2, 2).bfloat16(), seeds, images, LossConfig(grid=[8, 8]))
+    losses = losses_of(logits, torch.zeros(1, 3, 2, 2).bfloat16(), seeds, images, LossConfig(grid=[8, 8]))
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values()) and logits.grad.isfinite().all()

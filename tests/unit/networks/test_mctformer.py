@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from weakclip.cams import gradcam
+from weakclip.cams import maps
+from weakclip.cams import mctformer as cam_mctformer
 from weakclip.config import ConfigError
 from weakclip.data.photometric import IMAGENET
+from weakclip.models.attention import attention_weights
+from weakclip.models.positions import resize_positions
 from weakclip.networks import mctformer
-from weakclip.networks.mctformer import MCTformer, Scores, timm
+from weakclip.networks.mctformer import Logits, MCTformer, timm
 
 TINY = "test_vit"
 """timm's: six blocks of width 64, patches of 16 pixels."""
@@ -68,11 +71,11 @@ def test_the_scores_are_the_class_tokens_mean_and_the_patch_heads_mean(network):
 
 
 def test_the_losses_are_those_of_each_class_averaged():
-    scores = Scores(torch.tensor([[2.0, -1.0], [0.0, 3.0]]), torch.tensor([[0.5, 0.5], [-2.0, 1.0]]))
+    logits = Logits(torch.tensor([[2.0, -1.0], [0.0, 3.0]]), torch.tensor([[0.5, 0.5], [-2.0, 1.0]]))
     labels_BC = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    found = mctformer.losses(scores, labels_BC)
+    found = mctformer.losses(logits, labels_BC)
     assert list(found) == ["class", "patch"]
-    for value, logits_BC in zip(found.values(), scores, strict=True):
+    for value, logits_BC in zip(found.values(), logits, strict=True):
         torch.testing.assert_close(value, F.multilabel_soft_margin_loss(logits_BC, labels_BC))
         chance_BC = 1 / (1 + (-logits_BC).exp())
         torch.testing.assert_close(value, -(labels_BC * chance_BC + (1 - labels_BC) * (1 - chance_BC)).log().mean())
@@ -87,7 +90,7 @@ def test_a_block_attends_as_timms_own(network):
     attn(x_BTD)
     attn.fused_attn = True
     handle.remove()
-    found_BTT = gradcam.mean_attention(x_BTD, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
+    found_BTT = attention_weights(x_BTD, attn.qkv.weight, attn.qkv.bias, attn.num_heads)
     torch.testing.assert_close(found_BTT, own["attention"].mean(1))
 
 
@@ -99,7 +102,7 @@ def test_maps_are_the_last_blocks_attention_times_what_the_head_finds(network):
         hook.remove()
     for block, x_BTD in zip(network.blocks, seen, strict=True):
         attn = block.attn
-        attentions.append(gradcam.mean_attention(block.norm1(x_BTD), attn.qkv.weight, attn.qkv.bias, attn.num_heads))
+        attentions.append(attention_weights(block.norm1(x_BTD), attn.qkv.weight, attn.qkv.bias, attn.num_heads))
     end_BTD = network.blocks[-1](seen[-1])
     patch_BChw = network.head(end_BTD[:, 3:].mT.reshape(2, 64, 4, 6)).relu()
     assert patch_BChw.any()
@@ -115,19 +118,19 @@ def test_refinement_gives_each_patch_what_it_takes():
     """The second patch takes half from the first and half from the third; the others take from themselves."""
     affinity_LL = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.0, 0.5], [0.0, 0.0, 2.0]])
     maps_nL = torch.tensor([[4.0, 9.0, 2.0], [0.0, 1.0, 0.0]])
-    assert mctformer.refine(maps_nL, affinity_LL, 0).equal(maps_nL)
-    assert mctformer.refine(maps_nL, affinity_LL, 1).tolist() == [[4, 3, 4], [0, 0, 0]]
-    assert mctformer.refine(maps_nL, affinity_LL, 2).tolist() == [[4, 4, 8], [0, 0, 0]]
+    assert cam_mctformer.refine(maps_nL, affinity_LL, 0).equal(maps_nL)
+    assert cam_mctformer.refine(maps_nL, affinity_LL, 1).tolist() == [[4, 3, 4], [0, 0, 0]]
+    assert cam_mctformer.refine(maps_nL, affinity_LL, 2).tolist() == [[4, 4, 8], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_maps_at_one_size_are_refined_then_stretched(network, image_HW3, steps):
     image_13HW = IMAGENET.apply(torch.from_numpy(image_HW3).permute(2, 0, 1)[None].float())  # of `scale`'s size already
     maps_BChw, affinity_BLL = network.maps(image_13HW, 2)
-    maps_nL = mctformer.refine(maps_BChw[0, [0, 2]].flatten(1), affinity_BLL[0], steps)
+    maps_nL = cam_mctformer.refine(maps_BChw[0, [0, 2]].flatten(1), affinity_BLL[0], steps)
     options = OPTIONS | {"scale": [96, 64], "size": (4, 6), "attention_blocks": 2, "affinity_steps": steps}
-    found_nhw = mctformer.activation_maps(network, image_HW3, [1, 3], **options)
-    np.testing.assert_allclose(found_nhw.reshape(2, -1), gradcam.stretch(maps_nL), atol=1e-3)
+    found_nhw = cam_mctformer.activation_maps(network, image_HW3, [1, 3], **options)
+    np.testing.assert_allclose(found_nhw.reshape(2, -1), maps.stretch(maps_nL), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -135,10 +138,10 @@ def test_maps_at_one_size_are_refined_then_stretched(network, image_HW3, steps):
 )
 def test_maps_have_the_size_that_is_asked_for_and_reach_one(network, image_HW3, options):
     options = OPTIONS | options
-    maps_nhw = mctformer.activation_maps(network, image_HW3[:50, :70], [1, 3], **options)
+    maps_nhw = cam_mctformer.activation_maps(network, image_HW3[:50, :70], [1, 3], **options)
     assert maps_nhw.shape == (2, *options["size"]) and maps_nhw.dtype == np.float32
     assert maps_nhw.min((1, 2)).tolist() == [0, 0] and maps_nhw.max((1, 2)) == pytest.approx([1, 1])
-    alone_nhw = mctformer.activation_maps(network, image_HW3[:50, :70], [3], **options)
+    alone_nhw = cam_mctformer.activation_maps(network, image_HW3[:50, :70], [3], **options)
     np.testing.assert_allclose(alone_nhw[0], maps_nhw[1], atol=1e-3)
     assert np.abs(maps_nhw[0] - maps_nhw[1]).max() > 0.1
 
@@ -146,7 +149,7 @@ def test_maps_have_the_size_that_is_asked_for_and_reach_one(network, image_HW3, 
 def test_a_mirrored_image_gives_mirrored_maps(network, image_HW3):
     mirrored_HW3 = np.ascontiguousarray(image_HW3[:, ::-1])
     maps_nhw, mirrored_nhw = (
-        mctformer.activation_maps(network, image, [1, 2], **OPTIONS | {"flip": True}) for image in (image_HW3, mirrored_HW3)
+        cam_mctformer.activation_maps(network, image, [1, 2], **OPTIONS | {"flip": True}) for image in (image_HW3, mirrored_HW3)
     )
     np.testing.assert_allclose(mirrored_nhw, maps_nhw[:, :, ::-1], atol=1e-4)
     assert np.abs(mirrored_nhw - maps_nhw).max() > 1e-3
@@ -155,13 +158,13 @@ def test_a_mirrored_image_gives_mirrored_maps(network, image_HW3):
 def test_a_class_that_the_head_finds_nowhere_has_a_map_of_zeros(image_HW3):
     network = tiny()
     network.head.bias.data[1] = -1e4
-    maps_nhw = mctformer.activation_maps(network, image_HW3, [1, 2], **OPTIONS)
+    maps_nhw = cam_mctformer.activation_maps(network, image_HW3, [1, 2], **OPTIONS)
     assert maps_nhw[0].max() == pytest.approx(1) and not maps_nhw[1].any()
 
 
 def test_maps_of_a_network_in_training_are_refused(image_HW3):
     with pytest.raises(AssertionError):
-        mctformer.activation_maps(tiny().train(), image_HW3, [1], **OPTIONS)
+        cam_mctformer.activation_maps(tiny().train(), image_HW3, [1], **OPTIONS)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -222,7 +225,9 @@ def test_positions_of_another_grid_are_resampled(tmp_path):
 @pytest.mark.parametrize("grid", [(1, 1), (3, 5), (14, 14), (32, 32), (40, 23), (61, 64)])
 def test_resampled_positions_have_the_grid_that_is_asked_for(grid):
     constant_1LD = torch.full((1, 14 * 14, 2), 0.5)
-    torch.testing.assert_close(mctformer._resample(constant_1LD, grid), torch.full((1, grid[0] * grid[1], 2), 0.5))
+    torch.testing.assert_close(
+        resize_positions(constant_1LD[0], grid, 0, "bicubic", 0.1), torch.full((grid[0] * grid[1], 2), 0.5)
+    )
 
 
 def change(state, **changes):
@@ -232,10 +237,10 @@ def change(state, **changes):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"cls_token": None}, "1 missing: cls_token"),
-        ({"pos_embed": None}, "1 missing: pos_embed"),
-        ({"blocks.5.mlp.fc1.bias": None}, "1 missing: blocks.5.mlp.fc1.bias"),
-        ({"dist_token": torch.zeros(1, 1, 64)}, "1 unknown: dist_token"),
+        ({"cls_token": None}, "missing keys (1): cls_token"),
+        ({"pos_embed": None}, "missing keys (1): pos_embed"),
+        ({"blocks.5.mlp.fc1.bias": None}, "missing keys (1): blocks.5.mlp.fc1.bias"),
+        ({"dist_token": torch.zeros(1, 1, 64)}, "unexpected keys (1): dist_token"),
         ({"pos_embed": torch.zeros(1, 18, 64)}, "pos_embed is [1, 18, 64], not [1, 17, 64]"),
         ({"pos_embed": torch.zeros(1)}, "pos_embed is [1], not [1, 17, 64]"),
         ({"cls_token": torch.zeros(1, 20, 64)}, "cls_token is [1, 20, 64], not [1, 1, 64]"),
@@ -296,9 +301,9 @@ def test_trained_on_labels_alone_it_finds_the_squares():
         present = [[c for c in range(3) if generator.random() < 0.5] for _ in range(8)]
         images_BHW3 = np.stack([picture(generator, classes)[0] for classes in present])
         labels_BC = torch.stack([F.one_hot(torch.tensor(c, dtype=torch.long), 3).sum(0) for c in present]).float()
-        scores = network(IMAGENET.apply(torch.from_numpy(images_BHW3).permute(0, 3, 1, 2).float()))
+        logits = network(IMAGENET.apply(torch.from_numpy(images_BHW3).permute(0, 3, 1, 2).float()))
         optimizer.zero_grad()
-        sum(mctformer.losses(scores, labels_BC).values()).backward()
+        sum(mctformer.losses(logits, labels_BC).values()).backward()
         optimizer.step()
     network.eval()
     hits = []
@@ -306,7 +311,7 @@ def test_trained_on_labels_alone_it_finds_the_squares():
         image_HW3, corners = picture(generator, [0, 1, 2])
         # No affinity: patches attend to their like in a pretrained ViT, but nothing here teaches this one to.
         options = OPTIONS | {"scale": [128, 128], "size": (32, 32), "flip": True, "affinity_steps": 0}
-        maps_nhw = mctformer.activation_maps(network, image_HW3, [1, 2, 3], **options)
+        maps_nhw = cam_mctformer.activation_maps(network, image_HW3, [1, 2, 3], **options)
         for map_hw, (top, left) in zip(maps_nhw, corners, strict=True):
             y, x = np.unravel_index(map_hw.argmax(), map_hw.shape)
             hits.append(top <= 4 * y + 2 < top + 48 and left <= 4 * x + 2 < left + 48)

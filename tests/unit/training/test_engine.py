@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from weakclip.config import Config, ConfigError, OptimConfig, RetrainConfig
-from weakclip.networks import build
-from weakclip.networks.wrappers import Segmentation
-from weakclip.runtime.run_dir import checkpoints
+from weakclip.networks.wrappers import build_segmentation
+from weakclip.runtime.run_dir import RunDir
 from weakclip.training.engine import deepspeed_settings, learning_rate_factor, make_optimizer
 
 OPTIM = OptimConfig(lr=1e-4, min_lr=1e-6, warmup=1500)
@@ -39,7 +38,8 @@ def test_the_rate_stays_at_its_end_and_needs_no_warm_up():
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("decay, undecayed", [("all", set()), ("weights", {"norm", "bias"})])
 def test_weight_decay_spares_what_is_no_weight_of_a_layer(optimizer, decay, undecayed):
-    network = Segmentation(build(RetrainConfig("resnet38", "narrow"), 3), 3, 10.0, "fp32")
+    config = Config(precision="fp32", retrain=RetrainConfig("resnet38", "narrow", head_lr=10.0))
+    network = build_segmentation(config, 3, pretrained=False)
     made = make_optimizer(network, OptimConfig(optimizer, lr=0.5, weight_decay=0.25, decay=decay))
     kinds = {
         id(module.weight): "norm" if isinstance(module, torch.nn.BatchNorm2d) else "layer"
@@ -59,7 +59,7 @@ def test_every_deepspeed_file_is_filled_from_the_recipe(repo, tiny_config, stage
     config = tiny_config(
         f"train.deepspeed={repo}/configs/deepspeed/zero{stage}.json", "train.batch=3", "train.accumulate=2", "optim.clip_grad=0.5"
     )
-    settings = deepspeed_settings(config)
+    settings = deepspeed_settings(config.train, config.optim)
     assert settings["zero_optimization"]["stage"] == stage
     assert settings["train_micro_batch_size_per_gpu"] == 3
     assert settings["gradient_accumulation_steps"] == 2
@@ -81,28 +81,29 @@ def with_file(folder, text: str) -> Config:
 def test_what_the_recipe_sets_may_not_stand_in_deepspeeds_file(tmp_path, key):
     config = with_file(tmp_path, json.dumps({"zero_optimization": {"stage": 1}, key: 1}))
     with pytest.raises(ConfigError, match=f"train.deepspeed: .*ds.json sets {key}; set it in the recipe instead"):
-        deepspeed_settings(config)
+        deepspeed_settings(config.train, config.optim)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"zero_optimization": {}}', '{"zero_optimization": 1}'])
 def test_a_file_that_is_none_of_deepspeeds_is_refused(tmp_path, text):
     with pytest.raises(ConfigError, match="train.deepspeed: .*ds.json is not DeepSpeed JSON with zero_optimization.stage"):
-        deepspeed_settings(with_file(tmp_path, text))
+        config = with_file(tmp_path, text)
+        deepspeed_settings(config.train, config.optim)
 
 
 def test_a_missing_file_and_an_unknown_stage_are_refused(tmp_path):
     config = with_file(tmp_path, '{"zero_optimization": {"stage": 4}}')
     with pytest.raises(ConfigError, match="stage 4"):
-        deepspeed_settings(config)
+        deepspeed_settings(config.train, config.optim)
     (tmp_path / "ds.json").unlink()
     with pytest.raises(ConfigError, match="train.deepspeed: .*ds.json"):
-        deepspeed_settings(config)
+        deepspeed_settings(config.train, config.optim)
 
 
 def test_checkpoints_are_sorted_by_step_and_unfinished_ones_are_none(tmp_path):
-    assert checkpoints(tmp_path) == []
+    assert RunDir(tmp_path).checkpoints() == []
     (tmp_path / "checkpoints").mkdir()
     for name in ("step-1000", "step-90", "step-200", "step-x", "other"):
         (tmp_path / "checkpoints" / f"{name}.safetensors").touch()
     (tmp_path / "checkpoints" / "step-3000.safetensors.partial").touch()
-    assert [path.stem for path in checkpoints(tmp_path)] == ["step-90", "step-200", "step-1000"]
+    assert [path.stem for path in RunDir(tmp_path).checkpoints()] == ["step-90", "step-200", "step-1000"]

@@ -17,12 +17,14 @@ from weakclip.data.reading import read_entry
 from weakclip.data.sample import open_sample
 from weakclip.labels import IGNORE
 from weakclip.masks import mask_folder
+from weakclip.masks.mask_folder import MaskSettings
 from weakclip.models.interface import Targets
 from weakclip.networks.base import Network
 from weakclip.networks.mctformer import MCTformer
 from weakclip.networks.wrappers import Classification, Segmentation
-from weakclip.runtime import run_dir as runs
-from weakclip.training.jobs import Classify, Refine, Retrain
+from weakclip.training import jobs
+from weakclip.training.claim import claim, require_same_settings
+from weakclip.training.tasks import task_of
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def config(tiny_config, shards):
     config = tiny_config(f"data.train={shards.root}", "retrain.network=segformer", "retrain.backbone=b0")
     weights = Path(config.run).with_name("weights")
     weights.write_bytes(b"1")
-    mask_folder.claim(Path(config.run) / "pseudo", config, weights)
+    mask_folder.open_for_writing(Path(config.run) / "pseudo", MaskSettings.of(config), weights)
     return config
 
 
@@ -55,23 +57,24 @@ def opened(shards, number: int):
 def test_each_job_has_its_own_directory_and_settings(tiny_config, shards, tmp_path):
     config = tiny_config(
         "retrain.network=resnet38", "retrain.optim.lr=0.5", "retrain.train.steps=7", "retrain.augment.crop=96",
-        "retrain.test.scales=[2.0]", f"cam.data={shards.root}", "cam.source=mctformer", f"data.train={tmp_path}/cams",
+        "retrain.test.scales=[2.0]", f"data.labelled={shards.root}", "cam.source=mctformer", f"data.train={tmp_path}/cams",
         "classify.train.steps=9", "classify.optim.lr=0.25", "classify.augment.crop=80",
     )  # fmt: skip
-    found = [Refine(config), Retrain(config), Classify(config)]
+    found = [jobs.refine(config), jobs.retrain(config), jobs.classify(config)]
     run = tmp_path / "run"
-    assert [task.run for task in found] == [run, run / "retrain/resnet38", run / "classify"]
-    assert [task.config.optim.lr for task in found] == [1e-4, 0.5, 0.25]
-    assert [task.config.train.steps for task in found] == [20, 7, 9]
-    assert [task.config.augment.crop for task in found] == [64, 96, 80]
-    assert found[1].config.pseudo.scales == [2.0] and found[2].config.data.train == str(shards.root)
+    assert [job.run.root for job in found] == [run, run / "retrain/resnet38", run / "classify"]
+    assert [job.optim.lr for job in found] == [1e-4, 0.5, 0.25]
+    assert [job.train.steps for job in found] == [20, 7, 9]
+    assert [job.augment.crop for job in found] == [64, 96, 80]
+    assert found[1].inference.scales == [2.0] and found[2].data.train == str(shards.root)
+    assert all(job.recipe is config for job in found)
 
 
 def test_a_recipe_without_such_a_job_says_which_key_names_it(tiny_config):
-    with pytest.raises(ConfigError, match="retrain.network is null: it names what is trained"):
-        Retrain(tiny_config())
-    with pytest.raises(ConfigError, match="set cam.source to mctformer, and cam.data"):
-        Classify(tiny_config("cam.source=mctformer"))
+    with pytest.raises(ConfigError, match="retrain.network is null; set it to the network to train"):
+        jobs.retrain(tiny_config())
+    with pytest.raises(ConfigError, match="set cam.source to mctformer, and data.labelled"):
+        jobs.classify(tiny_config("cam.source=mctformer"))
 
 
 @pytest.mark.parametrize(
@@ -79,10 +82,10 @@ def test_a_recipe_without_such_a_job_says_which_key_names_it(tiny_config):
     [
         ("retrain.network=unet", "retrain.network must be one of resnet38, segmenter, segformer"),
         ("retrain.targets=masks", "retrain.targets must be pseudo or seeds"),
-        ("retrain.test.restrict_to_labels=true", "retrain.test.restrict_to_labels: a test image has no labels"),
+        ("retrain.test.restrict_to_labels=true", "retrain.test.restrict_to_labels must be false: test images have no labels"),
         ("retrain.optim.optimizer=adam", "optim.optimizer must be adamw or sgd"),
         ("classify.drop_path=1", "classify.drop_path must lie in 0..1"),
-        ("cam.source=hope", "cam.source must be clip or mctformer"),
+        ("cam.source=hope", "cam.source must be one of clip, mctformer, is 'hope'"),
     ],
 )
 def test_a_value_that_is_none_is_refused(tiny_config, override, message):
@@ -91,13 +94,12 @@ def test_a_value_that_is_none_is_refused(tiny_config, override, message):
 
 
 def test_only_what_a_job_is_made_of_must_stay_the_same(config):
-    task = Retrain(config)
-    runs.claim(task.config, task.fixed, resume=False)
+    claim(jobs.retrain(config), resume=False)
     others = replace(config, loss=replace(config.loss, tau=1.0), retrain=replace(config.retrain, test=config.pseudo))
-    runs.check_same(Retrain(others).config, task.fixed)
+    require_same_settings(jobs.retrain(others))
     changed = replace(config, retrain=replace(config.retrain, backbone="b1"))
-    with pytest.raises(ConfigError, match=r"was made with another retrain.backbone; set it as in"):
-        runs.check_same(Retrain(changed).config, task.fixed)
+    with pytest.raises(ConfigError, match=r"was started with another retrain.backbone; set it as in"):
+        require_same_settings(jobs.retrain(changed))
 
 
 # ----------------------------------------------------------------------------------------------------------------- targets
@@ -106,26 +108,26 @@ def test_only_what_a_job_is_made_of_must_stay_the_same(config):
 def test_missing_pseudo_masks_are_counted_before_anything_is_trained(config, shards):
     put(config, "image_1", np.zeros((48, 64)))
     with pytest.raises(ConfigError, match=r"pseudo: 2 of 3 pseudo masks are missing, the first image_0.png; write them with"):
-        Retrain(config).inputs([shards])
+        task_of(jobs.retrain(config)).inputs([shards])
     for number in (0, 2):
         put(config, f"image_{number}", np.zeros((48, 64)))
-    first = Retrain(config).inputs([shards])
+    first = task_of(jobs.retrain(config)).inputs([shards])
     about = Path(config.run) / "pseudo" / "about.json"
     about.write_text(about.read_text().replace("weights", "Weights"))
-    assert len(first) == 1 and Retrain(config).inputs([shards]) != first  # other masks, another run
+    assert len(first) == 1 and task_of(jobs.retrain(config)).inputs([shards]) != first  # other masks, another run
 
 
 def test_a_retraining_is_towards_the_pseudo_mask(config, shards):
     mask_HW = np.random.default_rng(0).integers(0, 4, (48, 64))
     mask_HW[0] = IGNORE
     put(config, "image_0", mask_HW)
-    np.testing.assert_array_equal(Retrain(config).target(opened(shards, 0)), mask_HW)
+    np.testing.assert_array_equal(task_of(jobs.retrain(config)).target(opened(shards, 0)), mask_HW)
 
 
 def test_a_retraining_on_seeds_needs_no_pseudo_mask(tiny_config, shards, make_shards, tmp_path):
     config = tiny_config("retrain.network=segformer", "retrain.targets=seeds")
-    task = Retrain(config)
-    assert task.run == tmp_path / "run/retrain/segformer-seeds" and task.inputs([shards]) == []
+    task = task_of(jobs.retrain(config))
+    assert task.job.run.root == tmp_path / "run/retrain/segformer-seeds" and task.inputs([shards]) == []
     left_HW = np.repeat([[1] * 32 + [0] * 32], 48, axis=0)
     np.testing.assert_array_equal(task.target(opened(shards, 0)), left_HW)
     of_cams = make_shards(tmp_path / "cams", count=1, seed=None)
@@ -133,11 +135,10 @@ def test_a_retraining_on_seeds_needs_no_pseudo_mask(tiny_config, shards, make_sh
 
 
 def test_a_retraining_on_seeds_goes_on_with_the_same_ones_alone(tiny_config):
-    task = Retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds"))
-    runs.claim(task.config, task.fixed, resume=False)
-    others = Retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds", "seeds.foreground=0.6"))
-    with pytest.raises(ConfigError, match=r"was made with another seeds; set it as in"):
-        runs.check_same(others.config, others.fixed)
+    claim(jobs.retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds")), resume=False)
+    others = jobs.retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds", "seeds.foreground=0.6"))
+    with pytest.raises(ConfigError, match=r"was started with another seeds; set it as in"):
+        require_same_settings(others)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_a_mask_that_does_not_fit_is_named(config, shards, mask_HW, message):
     if mask_HW is not None:
         put(config, "image_0", mask_HW)
     with pytest.raises(ShardError, match=message):
-        Retrain(config).target(opened(shards, 0))
+        task_of(jobs.retrain(config)).target(opened(shards, 0))
 
 
 def test_a_damaged_mask_is_named(config, shards):
@@ -160,16 +161,17 @@ def test_a_damaged_mask_is_named(config, shards):
     path = Path(config.run) / "pseudo" / "image_0.png"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ShardError, match=r"image_0.png: .*remove it and run"):
-        Retrain(config).target(opened(shards, 0))
+        task_of(jobs.retrain(config)).target(opened(shards, 0))
     Image.new("RGB", (64, 48)).save(path)
     with pytest.raises(ShardError, match=r"image_0.png: a mask is an 8-bit palette or grey PNG, this is RGB"):
-        Retrain(config).target(opened(shards, 0))
+        task_of(jobs.retrain(config)).target(opened(shards, 0))
 
 
 def test_a_classifier_needs_no_seed(config, shards, tmp_path):
-    cam, data = replace(config.cam, source="mctformer", data=str(shards.root)), replace(config.data, train=str(tmp_path / "cams"))
+    data = replace(config.data, train=str(tmp_path / "cams"), labelled=str(shards.root))
+    cam = replace(config.cam, source="mctformer")
     labelled = replace(config, cam=cam, data=data)
-    assert (Classify(labelled).target(opened(shards, 0)) == IGNORE).all()
+    assert (task_of(jobs.classify(labelled)).target(opened(shards, 0)) == IGNORE).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------- training

@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from weakclip import convert, fidelity
-from weakclip.config import LossConfig, load
+from weakclip import fidelity as command
+from weakclip.config import LossConfig
 from weakclip.data.photometric import IMAGENET
+from weakclip.evaluation import fidelity
+from weakclip.models import released
 from weakclip.models.losses import boundary_loss, boundary_target, crf_images, seeding_loss
 from weakclip.models.weakclip import WeakCLIP
+from weakclip.recipe import load
 
 # ------------------------------------------------------------------------------------------------------ the released code
 
@@ -69,7 +72,7 @@ def test_the_part_is_small(golden_part):
 NAMES = ["background", "cat", "traffic light"]
 OVERRIDES = [
     "clip={name_tokens: 6, taps: [0, 2, 2, 3]}", "prompts.length=3", "matching={width: 24, heads: 3, layers: 2, dropout: 0}",
-    "decoder={fpn_channels: 20, head_channels: 12, dropout: 0}", "loss={auxiliary: 0.3, tau: 0.1}",
+    "decoder={fpn_channels: 20, head_channels: 12, dropout: 0}", "loss={weights: {auxiliary: 0.3}, tau: 0.1}",
 ]  # fmt: skip
 SIZES = {
     "class_names": NAMES, "name_tokens": 6, "text_context_length": 9, "tau": 0.1, "aux_weight": 0.3, "vis_heads": 4,
@@ -85,7 +88,7 @@ def other(tiny_recipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
     torch.manual_seed(2)
     model = WeakCLIP(load(tiny_recipe, OVERRIDES), NAMES)
-    state = convert.to_released(convert.of_model(model))
+    state = released.to_released(released.of_model(model))
     embedding = state.pop("text_encoder.token_embedding.weight")
     ids = model.names_KL.unique()
     state |= {"SPARSE.text_encoder.token_embedding.row_ids": ids, "SPARSE.text_encoder.token_embedding.rows": embedding[ids]}
@@ -132,7 +135,7 @@ def numbers(model: WeakCLIP, inputs: dict[str, torch.Tensor]) -> tuple[dict, dic
     losses["loss_total"] = sum(losses.values())
     losses["loss_total"].backward()
     outputs |= {f"train_odd.{name}": loss[None] for name, loss in losses.items()}
-    grads = {convert.released_name(name): p.grad for name, p in trained.named_parameters() if p.grad is not None}
+    grads = {released.released_name(name): p.grad for name, p in trained.named_parameters() if p.grad is not None}
     grads["contexts"] = grads["contexts"][None]
     return (
         outputs,
@@ -142,7 +145,7 @@ def numbers(model: WeakCLIP, inputs: dict[str, torch.Tensor]) -> tuple[dict, dic
 
 
 def test_a_set_of_other_sizes_is_compared_unchanged(other, capsys):
-    fidelity.main([str(other)])
+    command.main([str(other)])
     out = capsys.readouterr().out
     assert "train_odd.decode.loss_seeding" in out and "grads.train_odd.contexts" in out and "FAILED" not in out
     assert out.splitlines()[-1].startswith("all ") and out.splitlines()[-1].endswith(" within their limits")
@@ -158,8 +161,8 @@ def test_a_difference_is_found_named_and_an_error(other, tmp_path, capsys):
     logits = load_file(other / "outputs.safetensors")["eval_sq.head_logits"]
     logits[0, 1, 2, 3] += 2e-4
     folder = changed(other, tmp_path / "off", "outputs", **{"eval_sq.head_logits": logits})
-    with pytest.raises(ValueError, match=r"^1 of \d+ numbers are not the released code's: eval_sq.head_logits$"):
-        fidelity.main([str(folder)])
+    with pytest.raises(ValueError, match=r"^1 of \d+ numbers differ from the released code's: eval_sq.head_logits$"):
+        command.main([str(folder)])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("eval_sq.head_logits"))
     assert "2.0e-04" in line and line.endswith("FAILED")
 
@@ -168,8 +171,8 @@ def test_what_we_compute_no_counterpart_of_or_of_another_shape_is_no_success(oth
     folder = changed(
         other, tmp_path / "odd", "outputs", **{"eval_sq.new": torch.zeros(1), "eval_sq.score_map": torch.zeros(2, 3, 4, 4)}
     )
-    with pytest.raises(ValueError, match=r"^2 of \d+ numbers are not the released code's: eval_sq.score_map, eval_sq.new$"):
-        fidelity.main([str(folder)])
+    with pytest.raises(ValueError, match=r"^2 of \d+ numbers differ from the released code's: eval_sq.score_map, eval_sq.new$"):
+        command.main([str(folder)])
     assert "not computed" in capsys.readouterr().out
 
 
@@ -182,12 +185,12 @@ def test_every_nth_element_is_enough_and_steps_without_inputs_are_left_out(other
     logits = outputs.pop("eval_sq.head_logits").flatten()[::7].contiguous()
     save_file(inputs, folder / "inputs.safetensors")
     save_file(outputs | {"eval_sq.head_logits[::7]": logits}, folder / "outputs.safetensors")
-    fidelity.main([str(folder)])
+    command.main([str(folder)])
     assert "eval_sq.head_logits[::7]" in capsys.readouterr().out
     logits[5] += 2e-4
     save_file(outputs | {"eval_sq.head_logits[::7]": logits}, folder / "outputs.safetensors")
-    with pytest.raises(ValueError, match=r"^1 of \d+ numbers are not the released code's: eval_sq.head_logits\[::7\]$"):
-        fidelity.main([str(folder)])
+    with pytest.raises(ValueError, match=r"^1 of \d+ numbers differ from the released code's: eval_sq.head_logits\[::7\]$"):
+        command.main([str(folder)])
 
 
 def test_not_a_number_is_a_difference():
@@ -202,4 +205,4 @@ def test_an_incomplete_directory_names_the_file(other, tmp_path, missing):
     shutil.copytree(other, tmp_path / "less")
     (tmp_path / "less" / missing).unlink()
     with pytest.raises(ValueError, match=f"less/{missing}"):
-        fidelity.main([str(tmp_path / "less")])
+        command.main([str(tmp_path / "less")])

@@ -1,0 +1,110 @@
+"""Making CAMs: the labelled set `data.labelled`, with a CAM for each labelled sample, becomes `data.train`, shard by shard."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from weakclip import labels, registry
+from weakclip.config import Config, ConfigError, SeedConfig
+from weakclip.data.codecs import encode_mask_png
+from weakclip.data.index import Entry, Index, open_index, select_numbers
+from weakclip.data.reading import read_entry
+from weakclip.data.sample import Cam, DecodedSample, PackedSample, decode_sample
+from weakclip.datasets import writing
+from weakclip.masks.seeds import seed_mask
+from weakclip.registry import CAM_SOURCES
+
+_log = logging.getLogger(__name__)
+
+
+def open_labelled(config: Config) -> Index:
+    """Open the set at `data.labelled`. Raises ConfigError where the recipe has none, UserError where its classes do not match."""
+    if config.data.labelled is None:
+        raise ConfigError("data.labelled is null; set it to the shard set with image labels that CAMs are made for")
+    return open_index(config.data.labelled, labels.class_names(config.classes), config.data)
+
+
+def provenance(config: Config, labelled: Index | None) -> dict[str, Any]:
+    """Return what decides the CAMs, except the template, for JSON. Images and weights that do not exist yet are left out."""
+    images = {"of": labelled.fingerprint} if labelled else {}
+    seeds = {"seeds": asdict(config.seeds)} if config.seeds.crf else {}
+    source = registry.load(CAM_SOURCES[config.cam.source].provenance)(config)
+    return {**images, **seeds, **source, "scale": config.data.scale}
+
+
+def written(config: Config, labelled: Index | None) -> int:
+    """Return the number of shards with CAMs that exist. Raises ConfigError when `data.train` holds something else."""
+    found = writing.written(Path(config.data.train), provenance(config, labelled), "data.train", "cam")
+    return found[0] if found else 0
+
+
+@dataclass
+class WithCam:
+    """Load a sample of a labelled set and add the CAM that `make` computes and, with `seeds.crf`, its seed mask.
+
+    It notes images without labels and empty maps, for `warnings`.
+    """
+
+    labelled: Index
+    make: Callable[[DecodedSample], Cam]
+    seeds: SeedConfig
+    unlabelled: list[str] = field(default_factory=list)
+    empty: Counter[int] = field(default_factory=Counter)
+    """Number of all-zero maps of each class."""
+
+    def __call__(self, entry: Entry) -> PackedSample:
+        parts = read_entry(self.labelled, entry)
+        sample = decode_sample(parts, entry, len(self.labelled.classes))
+        parts.pop("cam.npz", None)
+        if sample.classes:
+            cam = self.make(sample)
+            self.empty.update(index for index, map_hw in zip(cam.classes, cam.maps_nhw, strict=True) if not map_hw.any())
+            parts["cam.npz"] = cam.encode()
+            if self.seeds.crf:  # too slow to repeat in each epoch
+                own = replace(sample, cam=cam, seed=None)
+                parts["seed.png"] = encode_mask_png(seed_mask(own, self.seeds))
+        else:
+            self.unlabelled.append(entry.key)
+        return PackedSample(entry.key, parts, f"{self.labelled.storage}/{entry.shard}")
+
+    def warnings(self) -> list[str]:
+        """Return one line for each kind of problem found."""
+        lines = []
+        if self.unlabelled:
+            named = ", ".join(self.unlabelled[:10]) + (", ..." if len(self.unlabelled) > 10 else "")
+            lines.append(f"{len(self.unlabelled)} images have no label and get no CAM: {named}")
+        if self.empty:
+            counts = ", ".join(f"{self.labelled.classes[index]} {count}" for index, count in sorted(self.empty.items()))
+            lines.append(f"{self.empty.total()} maps are all zero, by class: {counts}")
+        return lines
+
+
+def run(config: Config, part: str | None) -> None:
+    """Run the stage `cam`: write those of the shards "A:B" that are missing in `data.train`.
+
+    The task that writes the last shard completes the set.
+    """
+    labelled = open_labelled(config)
+    shards = len(labelled.shards)
+    if written(config, labelled) == shards:
+        return
+    numbers = select_numbers(shards, part, str(labelled.storage))
+    make, note = registry.load(CAM_SOURCES[config.cam.source].maker)(config, labelled)
+    load = WithCam(labelled, make, config.seeds)
+    build = writing.Build(
+        labelled.entries,
+        load,
+        Path(config.data.train).resolve(),
+        labelled.classes,
+        [len(shard.samples) for shard in labelled.shards],
+        {**provenance(config, labelled), **note},
+        version=lambda entry: entry.key,  # its content is in the provenance, as the fingerprint of the labelled set
+    )
+    build.run(numbers=numbers)
+    for line in load.warnings():
+        _log.warning(line)

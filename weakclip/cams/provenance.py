@@ -1,0 +1,34 @@
+"""What decides the CAMs of each source, for the build.json of their shard set. Login nodes import it, so it must be light."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from weakclip.checkpoints.clip_files import place, weights_file
+from weakclip.config import Config
+from weakclip.data.index import sha256
+
+
+def clip_es(config: Config) -> dict[str, Any]:
+    """Return the settings of CLIP-ES and the hash of CLIP's weights."""
+    clip = config.clip
+    return {
+        "cam": asdict(config.cam),
+        "clip": {"model": clip.model, "image_size": clip.image_size},
+        **_made_by(place(clip.pretrained)),
+    }
+
+
+def mctformer(config: Config) -> dict[str, Any]:
+    """Return the settings of MCTformer's CAMs and the hash of its weights."""
+    names = ("source", "scales", "flip", "attention_blocks", "affinity_steps")
+    weights = config.run_dir.classifier.weights("last")
+    return {"cam": {name: getattr(config.cam, name) for name in names}, **_made_by(weights)}
+
+
+def _made_by(path: Path) -> dict[str, str]:
+    """Return the hash of the weights, or nothing while they do not exist."""
+    weights = weights_file(path)
+    return {} if weights is None else {"weights": sha256(weights)}

@@ -1,0 +1,46 @@
+"""What all commands share: the options -v and -q, one line for a user error, a traceback for a bug."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from weakclip.runtime import log
+from weakclip.runtime.errors import is_user_error
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with -v and -q, which take effect as they are parsed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_argument("-v", "--verbose", action=_Verbosity, const=1, help="show details and messages of libraries")
+        self.add_argument("-q", "--quiet", action=_Verbosity, const=-1, help="show only warnings and errors")
+
+
+class _Verbosity(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, const: int, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, *_: object) -> None:
+        log.set_up(self.const)
+
+
+def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
+    """Call `main` with the command line's arguments. A user error becomes one line on stderr and exit code 1.
+
+    Any other error is a bug, and keeps its traceback. WEAKCLIP_TRACEBACK=1 shows the traceback of user errors as well.
+    """
+    log.set_up()
+    try:
+        main(sys.argv[1:] if arguments is None else arguments)
+    except Exception as error:
+        if os.environ.get("WEAKCLIP_TRACEBACK") or not is_user_error(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,88 @@
+"""The training loop of WeakCLIP, the classifier before it and the network after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import islice
+
+import torch
+
+from weakclip.data.index import Index, open_index
+from weakclip.data.stream import StreamSettings, training_batches
+from weakclip.runtime import lock, log
+from weakclip.runtime.errors import is_user_error
+from weakclip.runtime.signals import Interrupted
+from weakclip.training.claim import claim, claim_data
+from weakclip.training.engine import Engine
+from weakclip.training.interruption import Interruption
+from weakclip.training.jobs import Job
+from weakclip.training.monitor import Monitor
+from weakclip.training.tasks import Task, task_of
+from weakclip.training.validation import validate
+from weakclip.training.world import World
+
+
+def train(job: Job, world: World, resume: bool = False) -> None:
+    """Run a training job on all ranks. resume: start from the newest checkpoint, if there is one.
+
+    Raises UserError for mistakes of the user, Interrupted when a signal stops the training.
+    """
+    try:
+        _train(job, world, resume)
+    finally:
+        if world.rank == 0:
+            lock.release(job.run)
+
+
+def _train(job: Job, world: World, resume: bool) -> None:
+    task, data, names = task_of(job), job.data, job.names
+    index = open_index(data.train, names, data)
+    mixed = [open_index(path, names, data) for path in data.mix]
+    validation = open_index(data.val, names, data) if data.val else None
+    _claim(task, world, resume, (index, *mixed))
+    with log.to_file(job.run.log(world.rank), world.rank):
+        _run(task, world, resume, index, mixed, validation)
+
+
+def _run(task: Task, world: World, resume: bool, index: Index, mixed: Sequence[Index], validation: Index | None) -> None:
+    job = task.job
+    torch.manual_seed(job.recipe.seed)
+    newest = job.run.checkpoints()[-1:] if resume else []
+    engine = Engine(task.build(pretrained=True), job, world, *newest)
+    interruption = Interruption()
+    settings = StreamSettings(job.data, job.augment, job.recipe.seed, job.train.batch)
+    stream = training_batches(index, settings, task.target, engine.consumed, world.rank, world.ranks, mixed)
+    # Closing ends the loader's processes at once, not at garbage collection, and writes the last points of the curves.
+    with closing(Monitor(job, engine)) as monitor, closing(stream) as batches:
+        while engine.step < job.train.steps:
+            with monitor.waiting():
+                micro_batches = list(islice(batches, job.train.accumulate))
+            monitor.step(micro_batches, engine.train_step(micro_batches))
+            last = engine.step == job.train.steps
+            with monitor.pausing():
+                if last or engine.step % job.train.validate_every == 0:
+                    validate(engine, monitor, task, index, validation)
+                number = 0 if last else interruption.agreed()
+                if last or number or engine.step % job.train.checkpoint_every == 0:
+                    engine.save(job.run)
+            if number:
+                raise Interrupted(number, engine.step)
+
+
+def _claim(task: Task, world: World, resume: bool, data: Sequence[Index]) -> None:
+    """Claim the run directory on rank 0. Its error, if any, is raised on every rank."""
+    error, run = None, task.job.run
+    if world.rank == 0:
+        try:
+            inputs = [*(index.fingerprint for index in data), *task.inputs(data)]
+            lock.check(run)
+            claim(task.job, resume)
+            lock.take(run)
+            claim_data(run, inputs)
+        except Exception as caught:
+            if not is_user_error(caught):
+                raise
+            error = caught
+    if error := world.gather(error)[0]:
+        raise error
