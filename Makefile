@@ -1,8 +1,9 @@
 # make demo   set up and run the whole pipeline on a synthetic world (ARGS="demo.seed=1 run=runs/demo-1" to vary it)
 # make clip   train the small CLIP that ships anew, into runs/demo-clip; goes on where it was stopped (ARGS="--minutes 120")
 # make backbones   train what the world's networks for retraining, and MCTformer, begin from, into runs/demo-backbones
-# make test   set up and run the tests
-# make lint   ruff, mypy, and hadolint on the Dockerfile
+# make check  unit tests and lint, for every change
+# make test   all tests: several ranks, and a real Slurm where it is installed
+# make lint   ruff, mypy, import-linter, and hadolint on the Dockerfile
 # make image  the container image, by Docker or Podman (IMAGE=name; ARGS="--build-arg BASE=..." as the Dockerfile says)
 
 VENV ?= .venv
@@ -11,7 +12,7 @@ READY = $(VENV)/ready
 IMAGE ?= weakclip
 ENGINE = $(or $(shell command -v docker || command -v podman),$(error neither docker nor podman is installed))
 
-.PHONY: demo clip backbones test lint image
+.PHONY: demo clip backbones check test lint image
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +29,9 @@ clip: $(READY)
 backbones: $(READY)
 	$(VENV)/bin/python -m weakclip.demo.backbones --out runs/demo-backbones $(ARGS)
 
+check: lint
+	$(VENV)/bin/python -m pytest -n auto --dist loadscope tests/unit $(ARGS)
+
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n auto --dist loadscope --no-loadscope-reorder $(ARGS)  # the slow ones, in tests/integration, come first
 
@@ -35,6 +39,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/hadolint Dockerfile
 
 image:

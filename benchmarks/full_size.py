@@ -1,10 +1,10 @@
-"""Time and peak memory of one training step, or of one pseudo mask, at full size with random weights.
+"""Measure time and peak memory of one training step, or of one pseudo mask, at full size with random weights.
 
     python benchmarks/full_size.py step --config configs/voc.yaml
     python benchmarks/full_size.py mask --config configs/coco.yaml
 
-A step is: forward, the three losses, backward and AdamW on 2 images of 512 x 512, at the recipe's other settings. A mask is one
-500 x 375 image with the recipe's scales, mirror images and CRF.
+A step is a forward pass, the three losses, a backward pass and AdamW on 2 images of 512 x 512, with the recipe's other settings.
+A mask is one 500 x 375 image with the recipe's scales, flip and CRF.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def mask(model: WeakCLIP, config: Config, device: torch.device) -> Callable[[], 
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("step", "mask"))
-    parser.add_argument("--repeat", type=int, default=3, help="timed repetitions, after one that is not")
+    parser.add_argument("--repeat", type=int, default=3, help="timed repetitions, after one warm-up")
     config, options = cli.parse_config(parser, arguments)
     config.clip.pretrained = "none"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,11 +1,11 @@
-"""Augmented training samples a second on one core, ours against the published pipeline's order of work.
+"""Measure augmented training samples per second on one core: our pipeline against the published one.
 
     python benchmarks/loader.py --images COCO --scaling --start --json loader.json
 
-COCO holds train2014/ and annotations/instances_train2014.json; the ground truth serves as seeds. The published order of work
-(mmseg's) is written with OpenCV here: decode, resize the whole image, crop, distort, normalise, pad. Both do the same images with
-the same draws, round by round in turns. The published one counts the classes in a crop by a histogram, which flatters it:
-np.unique, which mmseg uses, takes longer than everything else with numpy 2.
+COCO holds train2014/ and annotations/instances_train2014.json; the ground truth serves as seeds. The published pipeline (mmseg's)
+is reimplemented with OpenCV: decode, resize the whole image, crop, distort, normalise, pad. Both process the same images with the
+same random draws and alternate batch by batch. The reimplementation counts the classes in a crop with a histogram, which favours
+it: np.unique, which mmseg uses, takes longer than everything else with numpy 2.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ CONTESTANTS = ("published", "ours", "ours, distorted and normalised on the CPU")
 RANKS = 4  # of the published recipe
 
 
-# ------------------------------------------------------------------------------------------------------ the published way
+# ------------------------------------------------------------------------------------------------- the published pipeline
 
 
 def published(stem: Path, rng: np.random.Generator, config: AugmentConfig, scale: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """mmseg's transforms as OpenCV calls -> normalised image, float32 c x c x 3, and seed, uint8 c x c."""
+    """Apply mmseg's transforms. Returns the normalised image, float32 c x c x 3, and the seed, uint8 c x c."""
     image_HW3 = cv2.imdecode(np.fromfile(stem.with_suffix(".jpg"), np.uint8), cv2.IMREAD_COLOR)
-    seed_HW = np.array(Image.open(io.BytesIO(stem.with_suffix(".png").read_bytes())))  # mmseg, too, reads masks with Pillow
+    seed_HW = np.array(Image.open(io.BytesIO(stem.with_suffix(".png").read_bytes())))  # mmseg also reads masks with Pillow
     size = scaled_size(*seed_HW.shape, scale, rng.uniform(config.ratio[0], config.ratio[1]))
     image_HW3 = cv2.resize(image_HW3, size[::-1], interpolation=cv2.INTER_LINEAR)
     seed_HW = cv2.resize(seed_HW, size[::-1], interpolation=cv2.INTER_NEAREST)
@@ -73,7 +73,7 @@ def published(stem: Path, rng: np.random.Generator, config: AugmentConfig, scale
 
 
 def distorted(bgr_HW3: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """mmseg's PhotoMetricDistortion, 8-bit after each step."""
+    """Apply mmseg's PhotoMetricDistortion, 8-bit after each step."""
     brightness, contrast, saturation, hue, last = draws.tolist()
     if brightness:
         bgr_HW3 = converted(bgr_HW3, beta=brightness)
@@ -95,7 +95,7 @@ def converted(pixels: np.ndarray, alpha: float = 1, beta: float = 0) -> np.ndarr
 
 
 def normalised(bgr_HW3: np.ndarray) -> np.ndarray:
-    """mmcv's imnormalize."""
+    """Normalise an image as mmcv's imnormalize does."""
     rgb_HW3 = cv2.cvtColor(bgr_HW3.astype(np.float32), cv2.COLOR_BGR2RGB)
     cv2.subtract(rgb_HW3, np.array([IMAGENET.mean]), rgb_HW3)
     return cv2.multiply(rgb_HW3, 1 / np.array([IMAGENET.std]), rgb_HW3)
@@ -111,7 +111,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def rates(index: Index, files: Path, config: Config, rounds: int) -> dict[str, float]:
-    """Median samples a second; a round is an epoch, in which two contestants take turns batch by batch."""
+    """Return median samples per second. A round is an epoch, in which two contestants alternate batch by batch."""
     images, batch = len(index.entries), config.train.batch
     source = Source(index, (config.seed, 0), config.data.shuffle_window)
     loader = iter(TrainingSamples((index,), StreamSettings.of(config), 0, 0, 1, partial(seed_mask, config=config.seeds)))
@@ -137,25 +137,25 @@ def rates(index: Index, files: Path, config: Config, rounds: int) -> dict[str, f
                     times[number] += seconds(partial(work, positions))
         return (images / np.median(taken[1:], axis=0)).tolist()
 
-    # The last one runs alone: after its large arrays the allocator keeps memory that the others would have to ask for.
+    # The last one runs alone, because the allocator keeps the memory of its large arrays, which would speed up the others.
     return dict(zip(CONTESTANTS, [*rate_in_turns(publish, load), *rate_in_turns(load_and_distort)], strict=True))
 
 
 def scaling(path: Path, config: Config, rounds: int) -> dict[str, float]:
-    """Median samples a second of the real loader with one and with two loader processes."""
+    """Return median samples per second of the real loader with one and with two loader processes."""
     taken: dict[int, list[float]] = {1: [], 2: []}
     batches = 40
     for workers, times in [*taken.items()] * rounds:
         config.data.workers = workers
         stream = training_batches(open_index(str(path), COCO), StreamSettings.of(config), partial(seed_mask, config=config.seeds))
-        [*islice(stream, 2 * workers + 2)]  # those that were loaded ahead, before the clock runs
+        [*islice(stream, 2 * workers + 2)]  # prefetched batches are not timed
         times.append(seconds(lambda stream=stream: [*islice(stream, batches)]))
         stream.close()
     return {f"{workers} workers": batches * config.train.batch / statistics.median(times) for workers, times in taken.items()}
 
 
 def starts(path: Path, config: Config, rounds: int) -> dict[str, float]:
-    """Median seconds from opening the index to the first batch of a run of 4 ranks, from its start and resumed."""
+    """Return median seconds from opening the index to the first batch of a run of 4 ranks, at the start and resumed."""
     config.data.workers = 1
     taken: dict[int, list[float]] = {0: [], 30_000: []}
 
@@ -203,10 +203,10 @@ def main(arguments: Sequence[str]) -> None:
     beside = repository.parent / "shared" / "data" / "coco_mini"
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, default=beside, help="COCO 2014's directory")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds, after one that is not")
-    parser.add_argument("--scaling", action="store_true", help="time the loader with one and with two processes, too")
-    parser.add_argument("--start", action="store_true", help="time the first batch, at step 0 and at step 30,000, too")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds, after one warm-up")
+    parser.add_argument("--scaling", action="store_true", help="also time the loader with one and with two processes")
+    parser.add_argument("--start", action="store_true", help="also time the first batch at step 0 and at step 30,000")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     config, options = cli.parse_config(parser, ["--config", str(repository / "configs" / "coco.yaml"), *arguments])
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
-"""What the networks for retraining cost: parameters, and time and memory of a forward and a backward pass.
+"""Measure the cost of the networks for retraining: parameters, and time and memory of a forward and a backward pass.
 
     python benchmarks/networks.py --side 512 --classes 21 resnet38 segmenter segformer/b2
 
-Each network is measured in a process of its own, so that its peak memory is its own: the GPU's or, without one, the process's.
+Each network is measured in a separate process, so that the peak memory is its own: that of the GPU or, without one, the process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEADER = ("network", "backbone", "parameters", "of the head", "logits", "seconds
 
 
 def measure(spec: str, side: int, classes: int, batch: int, rounds: int) -> list[str]:
-    """One row of the table; `spec` is NETWORK or NETWORK/BACKBONE. The time is the least of the rounds."""
+    """Return one row of the table. spec: NETWORK or NETWORK/BACKBONE. The time is the minimum over the rounds."""
     name, _, backbone = spec.partition("/")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = Config(retrain=RetrainConfig(name, backbone or None, augment=AugmentConfig(crop=side)))
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=21)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--row", action="store_true", help="measure the one network in this process and print its row as JSON")
+    parser.add_argument("--row", action="store_true", help="measure one network in this process and print its row as JSON")
     args = parser.parse_args()
     if args.row:
         print(json.dumps(measure(args.networks[0], args.side, args.classes, args.batch, args.rounds)))

@@ -1,15 +1,15 @@
-"""Pseudo masks a second, ours against the released code's order of work, on all cores of this machine.
+"""Measure pseudo masks per second on all cores of this machine: our pipeline against the released one.
 
     python benchmarks/pseudo.py --config configs/coco_mini.yaml --weights RUN/weights/last.safetensors --data SHARDS \
         'pseudo.scales=[0.5,0.75,1.0,1.25,1.5,1.75]'
 
-The released order of work (hustvl/WeakCLIP, tools/test.py and tools/make_crf.py): one crop at a time, for each of which the text
-tower runs again; logits of all classes padded to the scaled image and added, resized to the image's size, softmax; a file of
-float32 probabilities of the occurring classes for each image. When all are there, another command reads them for the CRF, in as
-many processes as there are cores. "released, text once" leaves out what the text tower costs; its CRF's are not run again.
+The released pipeline (hustvl/WeakCLIP, tools/test.py and tools/make_crf.py) processes one crop at a time and runs the text tower
+for each. Logits of all classes are padded to the scaled image and added, resized to the image's size, and put through a softmax.
+It writes a file of float32 probabilities of the occurring classes for each image. Afterwards another command reads the files for
+the CRF, with one process per core. "released, text once" runs the text tower only once; its CRFs are not run again.
 
-All do the same images with the same weights in turns, round by round; what counts is the median of a round's time on the clock.
-Processes are started before a clock is. Our own way is that of `python -m weakclip.pseudo`.
+All pipelines process the same images with the same weights and alternate round by round. The result is the median wall time of a
+round. Processes are started before the clock. Our pipeline is that of `python -m weakclip.pseudo`.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from weakclip.models.load import load_weakclip
 from weakclip.models.weakclip import WeakCLIP
 from weakclip.runtime.workers import WorkerPool
 
-# ------------------------------------------------------------------------------------------------------- the released way
+# ------------------------------------------------------------------------------------------------ the released pipeline
 
 
 def released_probabilities(predictor: sliding_window.Predictor, image_HW3: np.ndarray, config: Config) -> Tensor:
-    """Mean probabilities, K x H x W."""
+    """Return the mean probabilities, float32 K x H x W."""
     total_1KHW = torch.zeros(())
     views = sliding_window.views(sliding_window.scaled_sizes(image_HW3, config.pseudo, config.data.scale), config.pseudo)
     for view in views:
@@ -64,7 +64,7 @@ def released_probabilities(predictor: sliding_window.Predictor, image_HW3: np.nd
 
 
 def released_slide(predictor: sliding_window.Predictor, x_13HW: Tensor, config: Config) -> Tensor:
-    """Logits at the size of the scaled image, 1 x K x H x W."""
+    """Return the logits at the size of the scaled image, float32 1 x K x H x W."""
     H, W = x_13HW.shape[2:]
     window, stride = config.pseudo.window, config.pseudo.stride
     sum_1KHW, count_HW = torch.zeros(1, predictor.num_classes, H, W), torch.zeros(H, W)
@@ -79,7 +79,7 @@ def released_slide(predictor: sliding_window.Predictor, x_13HW: Tensor, config: 
 
 
 def released_first(predictor: sliding_window.Predictor, samples: Sequence[DecodedSample], config: Config, out: Path) -> None:
-    """The first command: files of probabilities."""
+    """Run the first command, which writes files of probabilities."""
     for sample in samples:
         with torch.inference_mode():
             probs_KHW = released_probabilities(predictor, sample.image, config)
@@ -90,7 +90,7 @@ def released_first(predictor: sliding_window.Predictor, samples: Sequence[Decode
 
 
 def released_crf(sample: DecodedSample, config: Config, out: Path) -> None:
-    """The second command, for one image."""
+    """Run the second command, the CRF, for one image."""
     found = np.load(out / f"{sample.key}.npy", allow_pickle=True).item()
     probs_nHW, classes_n = found["prob"], found["keys"]
     if len(classes_n) > 1 and config.pseudo.crf is not None:
@@ -102,7 +102,7 @@ def released_crf(sample: DecodedSample, config: Config, out: Path) -> None:
 
 
 def same(first: Path, second: Path, keys: Sequence[str]) -> float:
-    """Share of pixels on which two folders of masks agree."""
+    """Return the share of pixels on which two folders of masks agree."""
     pairs = [(mask_folder.read(first, key).ravel(), mask_folder.read(second, key).ravel()) for key in keys]
     return float(np.mean(np.concatenate([a == b for a, b in pairs])))
 
@@ -114,7 +114,7 @@ def timed(work: Callable[..., object], *arguments: Any) -> float:
 
 
 class Seconds(NamedTuple):
-    """Of one round on the clock."""
+    """Wall times of one round in seconds."""
 
     released_first: float
     released_crf: float
@@ -136,7 +136,7 @@ def ours(
 def one_round(
     model: WeakCLIP, samples: Sequence[DecodedSample], config: Config, folder: Path, pool: Executor, workers: WorkerPool
 ) -> Seconds:
-    """Masks go to FOLDER/released and FOLDER/ours."""
+    """Run one round, writing masks to FOLDER/released and FOLDER/ours."""
     theirs, mine = folder / "released", folder / "ours"
     theirs.mkdir(parents=True)
     mine.mkdir()
@@ -151,7 +151,7 @@ def one_round(
 
 
 def compare(model: WeakCLIP, samples: Sequence[DecodedSample], config: Config, rounds: int, folder: Path) -> dict[str, object]:
-    """Images a second, of the median round, and how alike the masks are."""
+    """Return images per second of the median round, and the share of pixels on which the masks agree."""
     cores = len(os.sched_getaffinity(0))
     found = []
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool, WorkerPool(cores) as workers:
@@ -176,9 +176,9 @@ def compare(model: WeakCLIP, samples: Sequence[DecodedSample], config: Config, r
 
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help="of a trained run of the recipe")
+    parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help="weights of a trained run of the recipe")
     parser.add_argument("--data", required=True, metavar="SHARDS")
-    parser.add_argument("--images", type=int, default=6, help="so many of the first ones")
+    parser.add_argument("--images", type=int, default=6, help="number of images, from the first")
     parser.add_argument("--rounds", type=int, default=3)
     config, options = cli.parse_config(parser, arguments)
     torch.set_num_threads(len(os.sched_getaffinity(0)))

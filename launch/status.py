@@ -1,4 +1,4 @@
-"""python -m weakclip.launch.status, from a checkout."""
+"""Run weakclip.launch.status from a checkout."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""python -m weakclip.launch.submit, from a checkout."""
+"""Run weakclip.launch.submit from a checkout."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""python -m weakclip.datasets.build, from a checkout."""
+"""Run weakclip.datasets.build from a checkout."""
 
 import sys
 from pathlib import Path

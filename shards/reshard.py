@@ -1,4 +1,4 @@
-"""python -m weakclip.datasets.reshard, from a checkout."""
+"""Run weakclip.datasets.reshard from a checkout."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""python -m weakclip.datasets.show, from a checkout."""
+"""Run weakclip.datasets.show from a checkout."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""python -m weakclip.datasets.stats, from a checkout."""
+"""Run weakclip.datasets.stats from a checkout."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""python -m weakclip.datasets.verify, from a checkout."""
+"""Run weakclip.datasets.verify from a checkout."""
 
 import sys
 from pathlib import Path

@@ -15,7 +15,7 @@ from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
 
-# The tests' tensors are tiny, and torch's threads would wait for each other where several processes share the cores.
+# The tests' tensors are tiny, and torch's threads would block each other where several processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY_CLIP: dict[str, Any] = {
@@ -96,7 +96,7 @@ def golden_part() -> Path:
 @pytest.fixture(scope="session")
 def make_tiny_clip() -> Callable[..., Any]:
     """A seeded random open_clip.CLIP of a few thousand weights; keyword arguments change its vision part."""
-    from weakclip.models.clip import open_clip  # weakclip.clip prepares the import
+    from weakclip.models.clip import open_clip  # weakclip.models.clip prepares the import
     from weakclip.runtime.torchvision_ops import torch
 
     def make(**vision: Any) -> Any:

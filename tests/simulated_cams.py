@@ -1,7 +1,7 @@
-"""Simulated class activation maps: ground-truth masks, shrunk, shifted and blurred until they are as wrong as real CAMs.
+"""Simulate class activation maps: ground-truth masks are shrunk, shifted and blurred until they are as wrong as real CAMs.
 
-They are a test fixture, for where no network's CAMs are at hand. They are made from the ground truth, so no score that
-comes from them says anything about the method.
+They are a test fixture for use without a network's CAMs. They are made from the ground truth, so scores based on them say
+nothing about the method.
 
     python tests/simulated_cams.py --images COCO/train2014 --annotations COCO/annotations/instances_train2014.json --out CAMS
 """

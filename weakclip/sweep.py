@@ -107,9 +107,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("sweep", metavar="FILE", help="such as configs/sweeps/prompts.yaml")
     parser.add_argument("--run", metavar="MODULE", help="run tasks without scores here, by this module, such as weakclip.demo")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="tasks that run at the same time (default: 1)")
-    parser.add_argument(
-        "--json", type=Path, metavar="OUT", help="write the scores of all runs that have some, by task name"
-    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores of all runs that have some, by task name")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error("--jobs must be 1 or more")

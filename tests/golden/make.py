@@ -1,4 +1,4 @@
-"""Make the golden set of this directory, a part of the full one.
+"""Write the golden set of this directory, a part of the full one.
 
 python tests/golden/make.py FULL_SET
 """
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 HERE = Path(__file__).parent
-# What is kept: two square images with seeds, one image for the test at several scales, and what was computed from these.
+# It keeps two square images with seeds, one image for the multi-scale test, and the tensors computed from these.
 KEPT = {
     "inputs": r"texts|(sq|aug)\.img_uint8|sq\.gt",
     "outputs": r"text_features.*|(eval_sq|train_sq|aug)\..*",

@@ -1,10 +1,10 @@
-"""Serves the files of a directory over HTTP and as S3 objects (moto), each behind a proxy that gets in the way.
+"""Serve the files of a directory over HTTP and as S3 objects (moto), each behind a proxy that causes faults.
 
 python tests/integration/faulty_server.py DIRECTORY
 
-The first part of a path, or the bucket, names what the proxy does; the files are the same in all. A request that is repeated
-goes through, except for those faults that never pass. Prints a line of JSON: the addresses of the two proxies. A POST to one
-answers with the number of faults so far, and makes it forget the requests it has seen.
+The first part of a path, or the bucket, names the fault; the files are the same for all. A repeated request succeeds, except
+for permanent faults. The server prints the addresses of the two proxies as a line of JSON. A proxy answers a POST with the number
+of faults so far, and forgets the requests it has seen.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALWAYS = ("down", "deaf", "forbidden", "lying")
 MIXED = "mixed"
 """Another fault of ONCE for each range of each file."""
 BUCKETS = ("plain", MIXED, *ONCE, *ALWAYS)
-# Nothing vouches for an index.json: with these it would be another one.
+# An index.json has no checksum, so these faults would change it unnoticed.
 HARMLESS_TO_INDEX = {"short": "truncated", "wrong": "reset", "lying": "plain"}
 
 
@@ -206,7 +206,7 @@ def main(root: Path) -> None:
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     Files.root = root
     print(json.dumps({"http": proxied(serve(Files)), "s3": proxied(s3(root))}), flush=True)
-    sys.stdin.read()  # until whoever started this ends
+    sys.stdin.read()  # until the parent process ends
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Builds the Dockerfile where no container engine runs, and trains five steps in the image as its user. Linux, as root.
+"""Build the Dockerfile without a container engine, and train five steps in the image as its user. Linux, as root.
 
     apt-get install debootstrap
     python tests/integration/image_in_chroot.py --work /tmp/image [CHECKOUT]
 
-Each stage gets a root directory, and each RUN a chroot with mounts of its own. The base has to be a Debian: debootstrap makes it.
-Where pip needs help to reach packages: --bind /opt/wheels --env PIP_FIND_LINKS=/opt/wheels, for each RUN but not for the image.
-Needs Python's standard library alone.
+Each stage gets a root directory, and each RUN a chroot with its own mounts. The base must be Debian, made by debootstrap. If pip
+cannot reach a package index: --bind /opt/wheels --env PIP_FIND_LINKS=/opt/wheels, which apply to each RUN but not to the image.
+Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-# In the image, as its user, without the checkout. Four pictures with labels, and their masks at a quarter of the size for CAMs.
+# Runs in the image, as its user, without the checkout, on four images with labels. Masks at a quarter of the size are the CAMs.
 DRAW = """
 from pathlib import Path
 import numpy as np
@@ -70,7 +70,7 @@ ls -l run/weights
 test -s run/weights/last.safetensors
 """
 
-# Where a RUN's processes find a kernel and the network, like a container's. Gone with the process, so no copy takes them along.
+# Mounts for a RUN, like a container's. They end with its process, so that copies do not contain them.
 MOUNT = """set -e
 mount -t proc proc "$ROOT/proc"
 mount --rbind /dev "$ROOT/dev"
@@ -156,7 +156,7 @@ def base(image: str, options: argparse.Namespace) -> Path:
         partial = root.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         subprocess.run(["debootstrap", "--variant=minbase", found[1], partial, options.mirror], check=True)
-        (partial / "usr/sbin/policy-rc.d").write_text("#!/bin/sh\nexit 101\n")  # as in Docker's image: packages start no daemons
+        (partial / "usr/sbin/policy-rc.d").write_text("#!/bin/sh\nexit 101\n")  # as in Docker's image: start no daemons
         (partial / "usr/sbin/policy-rc.d").chmod(0o755)
         partial.rename(root)
     return root

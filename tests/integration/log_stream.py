@@ -1,4 +1,4 @@
-"""Draws training batches on a rank, as training does, and notes each sample: its key and a hash of its tensors."""
+"""Draw training batches on a rank, as training does, and log each sample's key and a hash of its tensors."""
 
 from __future__ import annotations
 

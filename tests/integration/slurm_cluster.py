@@ -1,6 +1,6 @@
-"""A real Slurm for tests: put `pytest_plugins = ["tests.integration.slurm_cluster"]` into a module, then ask for `cluster`.
+"""A real Slurm for tests: put `pytest_plugins = ["tests.integration.slurm_cluster"]` into a module, then use `cluster`.
 
-All modules that a worker runs share one. Who harms it, or needs another, takes `make_cluster`.
+All modules of a pytest worker share one cluster. Tests that damage it, or need another one, use `make_cluster`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LocalCluster:
     """A cluster in a directory of its own, and Slurm's commands on it."""
 
     def __init__(self) -> None:
-        # The system's directory, since the path of a socket is limited and pytest's are long.
+        # In the system's temporary directory, since the length of a socket's path is limited and pytest's paths are long.
         self.D = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.conf = self.D / "slurm.conf"
 

@@ -1,4 +1,4 @@
-"""Runs on the demo world that the tests of Slurm share: `pytest_plugins = ["tests.integration.slurm_runs"]`."""
+"""Runs on the demo world for the tests of Slurm: `pytest_plugins = ["tests.integration.slurm_runs"]`."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def launch_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(name: str, *arguments: object, fails: bool = False) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, str(REPO / "launch" / f"{name}.py"), *map(str, arguments)]
-        # SLURM_CONF may have come since ENVIRONMENT was made.
+        # SLURM_CONF may have been set after ENVIRONMENT was made.
         done = subprocess.run(line, env=os.environ | ENVIRONMENT, cwd=REPO, capture_output=True, text=True, timeout=300)
         assert (done.returncode != 0) == fails, done.stdout + done.stderr
         return done

@@ -1,4 +1,4 @@
-"""Real COCO pictures, from their labels to a retrained network: every stage, as launch/submit.py runs it."""
+"""Real COCO images, from labels to a retrained network: every stage, as launch/submit.py runs it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def script(*arguments):
 
 
 def some(coco_mini, split, count, folder):
-    """Options of shards/build.py for the first images of a split."""
+    """`data.build` for the first images of a split."""
     found = json.loads((coco_mini / "annotations" / f"instances_{split}.json").read_text())
     found["images"] = sorted(found["images"], key=lambda image: image["id"])[:count]
     ids = {image["id"] for image in found["images"]}
@@ -64,19 +64,21 @@ def some(coco_mini, split, count, folder):
         (folder / split / image["file_name"]).symlink_to(coco_mini / split / image["file_name"])
     annotations = folder / f"{split}.json"
     annotations.write_text(json.dumps(found))
-    options = ("--images", folder / split, "--annotations", annotations, "--masks", "--processes", 2)
-    return ("coco", *options, "--samples-per-shard", -(-count // 2))
+    files = {"images": folder / split, "annotations": annotations}
+    return {"source": "coco", **files, "masks": "true", "processes": 2, "samples_per_shard": -(-count // 2)}
 
 
 @pytest.fixture(scope="module")
 def finished(coco_mini, tiny_clip, tmp_path_factory):
     """A folder with the run and the shard sets of all stages, and what they said."""
     folder = tmp_path_factory.mktemp("coco")
-    script("shards/build.py", *some(coco_mini, "val2014", 4, folder), "--out", folder / "val")
-    build = ", ".join(map(str, some(coco_mini, "train2014", 10, folder)))
+    val = some(coco_mini, "val2014", 4, folder)
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in val.items() if name not in ("source", "masks")]
+    script("shards/build.py", "coco", *given, "--masks", "--out", folder / "val")
+    build = ", ".join(f"{name}: {value}" for name, value in some(coco_mini, "train2014", 10, folder).items())
     where = (f"run={folder}/run", f"data.train={folder}/cams", f"data.val={folder}/val", f"data.labelled={folder}/labelled")
     clip = (f"clip.pretrained={tiny_clip}", "clip.image_size=64", "cam.background_names=[]", "cam.prompts=['{}']")
-    recipe = ("--config", "configs/coco_mini.yaml", f"data.build=[{build}]", *where, *clip, *SMALL)
+    recipe = ("--config", "configs/coco_mini.yaml", f"data.build={{{build}}}", *where, *clip, *SMALL)
     done = script("launch/submit.py", "--stage", "all", "--cluster", "local", "--array-size", 1, *recipe)
     return folder, done.stdout
 

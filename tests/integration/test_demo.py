@@ -1,4 +1,4 @@
-"""The demo, much smaller than it ships: does the whole way run, and is what it says complete?"""
+"""A demo run much smaller than the shipped one: the whole pipeline runs, and its output is complete."""
 
 from __future__ import annotations
 

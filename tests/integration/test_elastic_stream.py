@@ -1,4 +1,4 @@
-"""The stream on real processes: any ranks and workers, killed and resumed elsewhere, draw the same keys and the same pixels."""
+"""The stream on real processes: any number of ranks and workers, killed and resumed, draws the same keys and pixels."""
 
 from __future__ import annotations
 

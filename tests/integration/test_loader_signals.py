@@ -1,4 +1,4 @@
-"""Signals and a loader's processes: Slurm's they outlive, for their rank saves a checkpoint; their rank's they obey."""
+"""Signals to loader processes: they ignore those of Slurm, since their rank saves a checkpoint, and obey those of their rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""slurm/local-cluster: what the other tests of Slurm rely on."""
+"""slurm/local-cluster: the behaviour that the other tests of Slurm rely on."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_dependents_of_a_failed_job_are_cancelled(cluster):
     cluster.wait_until(lambda: [cluster.accounted(job).split(" ")[0] for job in chain] == expected, *chain)
 
 
-# Slurm takes half a minute to see a dead node, and as long to lose patience with a preempted job: both at once.
+# Slurm takes half a minute to notice a dead node, and as long to kill a preempted job, so both are tested at once.
 @pytest.mark.usefixtures("job_of_a_dead_node")
 def test_preemption_signals_every_rank_requeues_and_runs_again(cluster):
     rank = 'trap "echo USR2" USR2; echo run $SLURM_RESTART_COUNT; while [ -z "$SLURM_RESTART_COUNT" ]; do sleep 0.1; done'

@@ -1,4 +1,4 @@
-"""Pseudo masks by a command that is killed, and started again until it is done."""
+"""Pseudo masks by a command that is killed and restarted until it is done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training from real servers that fail: the same samples as from disk, or one clear error."""
+"""Training from real servers with faults: the same samples as from disk, or one clear error."""
 
 from __future__ import annotations
 
@@ -143,8 +143,8 @@ def test_google_storage_is_read_through_its_interface(local, url, proxies, setti
     "fault, said",
     [
         ("down", r"Service Unavailable.*; tried 3 times; look after .* data.retries \(now 2\) or data.timeout \(now 5 s\)"),
-        ("deaf", r"no whole answer within 0.3 s; tried 3 times; look after the server, or raise data.retries"),
-        ("forbidden", r"access is refused \(.*see that the environment has credentials"),
+        ("deaf", r"no complete answer within 0.3 s; tried 3 times; check the server, or raise data.retries"),
+        ("forbidden", r"access is denied \(.*check that the environment has credentials"),
         ("plain", r"there is no such file; is the URL right, and was all of the shard set copied there"),
     ],
 )
@@ -187,7 +187,7 @@ def test_four_processes_keep_one_cache_within_its_limit(local, url, tmp_path):
     wanted = [read_entry(local, entry) for entry in local.entries]
     orders = [[*range(7)] * 2, [6, 5, 4, 3, 2, 1, 0] * 2, [0, 3, 6, 1, 4, 2, 5] * 2, [5, 2, 6, 0, 4, 3, 1] * 2]
     index = Index.load(url("http", "mixed"), options)
-    context = multiprocessing.get_context("fork")  # as loader processes are made
+    context = multiprocessing.get_context("fork")  # loader processes are started in this way
     processes = [context.Process(target=read_all, args=(index, order, wanted)) for order in orders]
     for process in processes:
         process.start()

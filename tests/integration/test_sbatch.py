@@ -1,4 +1,4 @@
-"""slurm/*.sbatch, for those who have no submitit, on a real Slurm."""
+"""slurm/*.sbatch, which work without submitit, on a real Slurm."""
 
 from __future__ import annotations
 

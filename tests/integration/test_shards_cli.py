@@ -60,7 +60,7 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    others = re.compile(r"\[\d\d:\d\d<|^left out \d+ of \d+ images: ")  # progress bars and what went well before it
+    others = re.compile(r"\[\d\d:\d\d<|^left out \d+ of \d+ images: ")  # progress bars and notices before the error
     lines = [line for line in result.stderr.splitlines() if line and not others.search(line)]
     assert result.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     assert all(word in lines[0] for word in words), lines[0]

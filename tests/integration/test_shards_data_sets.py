@@ -1,4 +1,4 @@
-"""The shard commands from a VOC development kit, a folder and foreign tars on, as a user types them. All data are made up."""
+"""The shard commands on a VOC development kit, a folder and foreign tars, as a user types them. All data is synthetic."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.integration.test_shards_cli import assert_one_line_error, run
+from weakclip.config import SeedConfig
 from weakclip.data.index import Index, ShardError
 from weakclip.data.reading import read_entry
 from weakclip.data.sample import decode_sample
@@ -131,7 +132,7 @@ def test_stats_of_a_set(trainaug, tmp_path):
     assert got["having"] == {"labels": 5, "CAM": 5, "seed": 0, "mask": 5}
     classes = {one["name"]: one for one in got["classes"]}
     assert list(classes) == list(VOC[1:])
-    # The maps are of half the size, so their edge may lie half a pixel beside that of the seed.
+    # The maps have half the size, so their edge may be half a pixel off the edge of the seed.
     half = pytest.approx(0.5, abs=1 / W)
     assert classes["sofa"] == {"name": "sofa", "images": 5, "share": 1, "maps": 5, "covered": half, "empty": 0}
     assert classes["cow"] == {"name": "cow", "images": 2, "share": 0.4, "maps": 2, "covered": 0, "empty": 2}
@@ -141,10 +142,10 @@ def test_stats_of_a_set(trainaug, tmp_path):
 
 
 def test_stats_of_seeds_and_of_images_alone(make_shards, tmp_path):
-    seeds = stats.stats(make_shards(tmp_path / "seeds", cam=None), 1)
+    seeds = stats.stats(make_shards(tmp_path / "seeds", cam=None), 1, SeedConfig())
     assert seeds["having"] == {"labels": 7, "CAM": 0, "seed": 7, "mask": 7}
     assert seeds["classes"][0] == {"name": "cat", "images": 7, "share": 1, "maps": 0, "covered": 0.5, "empty": 0}
-    alone = stats.stats(make_shards(tmp_path / "alone", cam=None, seed=None, mask=None, classes=()), 1)
+    alone = stats.stats(make_shards(tmp_path / "alone", cam=None, seed=None, mask=None, classes=()), 1, SeedConfig())
     assert set(alone["having"].values()) == {0} and set(alone["seeds"].values()) == {None}
     assert [str(table) for table in stats.tables(alone)]
 

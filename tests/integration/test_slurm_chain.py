@@ -1,4 +1,4 @@
-"""Stages as a chain of jobs on a real Slurm: what comes out, what is made again, and what a failure does."""
+"""Stages as a chain of jobs on a real Slurm: results, what is run again, and the effects of a failure."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_job_that_waits_or_works_keeps_others_from_its_run(cluster, submit, la
     blocker = cluster.submit("sleep 300")
     job = submit("train", "--dependency", f"afterok:{blocker}")["train"]
     refused = launch_tool("submit", "--stage", "train", "--config", recipe, f"run={tmp_path / 'run'}", fails=True)
-    assert f"job {job} (train) is pending or running" in refused.stderr and f"scancel {job}" in refused.stderr
+    assert f"has job {job} (train); wait" in refused.stderr and f"scancel {job}" in refused.stderr
     cluster.slurm("scancel", blocker, job)
 
 

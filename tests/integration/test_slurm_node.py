@@ -1,4 +1,4 @@
-"""A node that dies under a training: Slurm moves the job, which goes on from its newest checkpoint."""
+"""A node failure during training: Slurm requeues the job on another node, where it resumes from its newest checkpoint."""
 
 from __future__ import annotations
 

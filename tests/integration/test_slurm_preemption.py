@@ -1,4 +1,4 @@
-"""Preemption and time-out on a real Slurm: the run goes on at the next step, with the curves of one that never stopped."""
+"""Preemption and time-out on a real Slurm: the run resumes at the next step, with the curves of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_training_that_meets_its_time_limit_goes_on_exactly(cluster, submit, r
     began = min(rank.create_time() for rank in ranks)
     time.sleep(max(began + 157 - time.time(), 0))
     for rank in ranks:
-        with suppress(psutil.NoSuchProcess):  # a loader's, whose rank has gone on already
+        with suppress(psutil.NoSuchProcess):  # of a loader process whose rank has continued already
             rank.send_signal(signal.SIGCONT)
     cluster.wait_until_completed(job)
     assert restarts(cluster, job) >= 1

@@ -1,4 +1,4 @@
-"""launch/submit.py where there is no Slurm: the same stages, on this machine, one after the other."""
+"""launch/submit.py without Slurm: the same stages, on this machine, one after the other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_all_stages_run_and_a_second_time_are_skipped(submit, tmp_path):
     assert [path.name for path in RunDir(run).checkpoints()] == ["step-4.safetensors"]
     assert len(list((run / "pseudo").glob("*.png"))) == 5
     assert json.loads((run / "scores-masks.json").read_text())["miou"] >= 0
-    assert "step 4/4" in done.stderr  # what the training says is shown
+    assert "step 4/4" in done.stderr  # the training's log is shown
     again = submit("all")
     assert again.returncode == 0 and again.stdout.count("skipped") == 3
     more = submit("all", "train.steps=5")

@@ -1,4 +1,4 @@
-"""What is trained beside WeakCLIP: the classifier whose activations are CAMs, and the network on the pseudo masks."""
+"""Trainings beside WeakCLIP: the classifier whose activations are CAMs, and the network on the pseudo masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on real ranks: the same losses on any number of them, exact resume, what a run leaves behind, bad input."""
+"""Training on real ranks: the same losses on any number of ranks, exact resume, the files of a run, and bad input."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_exactly(train, whole, started):
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')  # as if it had been killed while it wrote
+        file.write('{"step": 4, "lo')  # as after being killed while writing
     train(2, run, *THIRTY_STEPS, "--resume", "auto")
     assert same_as(whole, run)
 
@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_exactly(train, whole, started):
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_exactly(train, whole, started):
     run, process = started
     rank_1 = next(child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1")
-    for member in [rank_1, *rank_1.children()]:  # as Slurm does: the loader's processes get it too
+    for member in [rank_1, *rank_1.children()]:  # to the group, as Slurm does: loader processes get it too
         member.send_signal(signal.SIGUSR2)
     said = process.communicate(timeout=300)[1]
     step = int(re.search(r"SIGUSR2: saved at step (\d+); resume with --resume auto", said)[1])
@@ -182,7 +182,7 @@ def damaged(make_shards, tmp_path):
     for entry in index.entries:
         if entry.key in ("image_1", "image_5"):
             with open(index.root / entry.shard, "r+b") as file:
-                file.seek(entry.offset + entry.length // 2)  # the picture is the largest part of it
+                file.seek(entry.offset + entry.length // 2)  # the image is the largest part of it
                 file.write(b"\0" * 64)
     return index
 

@@ -1,4 +1,4 @@
-"""The command that makes CAMs: a mistake is one line, and it says how far it is."""
+"""The command that makes CAMs: one line for a user error, and its progress."""
 
 from __future__ import annotations
 

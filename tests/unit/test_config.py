@@ -1,4 +1,4 @@
-"""Settings: every published number is the default, and a value out of range names its key."""
+"""Settings: every published number is the default, and an error names the key out of range."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_recipes_hold_the_published_numbers(repo, name, own):
 
 
 def test_the_defaults_are_those_of_voc(repo):
-    assert load(repo / "configs/voc.yaml", ["data.val=null"]) == Config()  # a path alone is no default
+    assert load(repo / "configs/voc.yaml", ["data.val=null"]) == Config()  # only this path is not a default
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Class names, id maps, palette and the names' tokens."""
+"""Class names, id maps, the palette and the tokens of the names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_coco_has_80_things_after_background_and_maps_every_id():
 def test_the_names_become_the_tokens_of_the_released_code(golden_part):
     want = load_file(golden_part / "tokens.safetensors")
     assert tokenize(labels.VOC, 5).equal(want["voc"])
-    raw_ids = [0, *labels.COCO_ID_TO_CLASS]  # there, a row an annotation id, gaps included
+    raw_ids = [0, *labels.COCO_ID_TO_CLASS]  # has a row per annotation id, gaps included
     assert tokenize(labels.COCO, 5).equal(want["coco"][raw_ids])
 
 

@@ -27,7 +27,7 @@ COCO = {"FPN neck": 3_169_280 + 4 * 60 * 256, "semantic-FPN head": 4_137_749 + 6
     ],
 )
 def test_the_printed_parameter_counts_are_the_papers(repo, capsys, classes, own, total):
-    with torch.device("meta"):  # counts need no memory
+    with torch.device("meta"):  # counting needs no memory for weights
         parameters.main(["--config", str(repo / "configs/voc.yaml"), "clip.pretrained=none", f"classes={classes}"])
     lines = capsys.readouterr().out.splitlines()
     printed = {line[:24].strip(): int(line[24:].replace(",", "")) for line in lines[:-2]}

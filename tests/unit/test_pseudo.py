@@ -1,4 +1,4 @@
-"""Pseudo masks: by which weights, of which set, into which files."""
+"""Pseudo masks: the choice of weights, shard set and output."""
 
 from __future__ import annotations
 

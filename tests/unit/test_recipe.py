@@ -1,4 +1,4 @@
-"""Reading and saving recipes: a mistake is named with its cure."""
+"""Reading and saving recipes: an error names the mistake and how to mend it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: the paper's figures are whole, a run's stand in the right cells, and what was not run is blank."""
+"""The report: the paper's figures are complete, a run's are in the right cells, and the rest is blank."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_papers_ablations_are_the_shipped_sweeps(repo, monkeypatch):
     assert set(published) == set(report.SWEEPS) == of_the_paper
     for name, values in published.items():
         tasks = Sweep.read(f"configs/sweeps/{name}.yaml").tasks
-        assert [task.run.as_posix() for task in tasks] == [f"runs/voc/sweeps/{name}/{value}" for value in values]
+        assert [str(task.run) for task in tasks] == [f"runs/voc/sweeps/{name}/{value}" for value in values]
 
 
 # -------------------------------------------------------------------------------------------------------- a run's figures

@@ -1,4 +1,4 @@
-"""WEAKCLIP_TEST_REQUIRE: what the tests may not lack."""
+"""WEAKCLIP_TEST_REQUIRE: tests that must not be skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far each stage is, as launch/submit.py and launch/status.py ask."""
+"""The progress of each stage, for launch/submit.py and launch/status.py."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_masks_are_counted_if_they_are_of_these_weights_and_settings(begun, tiny
     mask_folder.save(np.zeros((48, 64), np.uint8), run / "pseudo" / "image_3.png")
     assert str(STAGES["pseudo"].progress(config, index)) == "1/7 images"
     (run / "weights" / "best.safetensors").write_bytes(b"2")
-    with pytest.raises(ConfigError, match="pseudo holds masks of other weights or settings .*remove it, or set run to another directory"):
+    with pytest.raises(ConfigError, match="pseudo holds masks of other weights or settings .*remove it, or set run to another"):
         STAGES["pseudo"].progress(config, index)
 
 
@@ -94,7 +94,7 @@ def test_shards_are_built_in_parts(to_build):
     STAGES["shards"].run(config, "2:3")
     assert STAGES["shards"].progress(config, None).complete
     assert [entry.key for entry in Index.load(config.data.train).entries] == ["0", "1", "2", "3", "4"]
-    STAGES["shards"].run(config, "0:2")  # of a job that came late
+    STAGES["shards"].run(config, "0:2")  # by a job that started late
     with pytest.raises(ConfigError, match="built was made with another data.build"):
         STAGES["shards"].progress(to_build("data.build.samples_per_shard=3"), None)
 
@@ -168,7 +168,7 @@ def test_cams_of_other_settings_or_shards_are_refused(to_add_cams, tmp_path):
     with pytest.raises(ConfigError, match="data.train: .*cams.partial was made with another cam"):
         STAGES["cam"].progress(to_add_cams("cam.flip=true"), None)
     shutil.rmtree(tmp_path / "built")
-    assert str(STAGES["cam"].progress(config, None)) == "1/3 shards"  # of shards that are to be built anew
+    assert str(STAGES["cam"].progress(config, None)) == "1/3 shards"  # of shards that must be built again
     with pytest.raises(ConfigError, match="data.train: .*cams.partial was made with another cam"):
         STAGES["cam"].progress(to_add_cams("cam.flip=true"), None)
     Image.new("RGB", (64, 48)).save(tmp_path / "images" / "5.png")

@@ -1,4 +1,4 @@
-"""Sweeps: what the shipped ones vary, how a task is chosen, and mistakes by file and key."""
+"""Sweeps: the settings of the shipped ones, the choice of a task, and errors that name file and key."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_recipe_has_no_tasks(tmp_path, write, monkeypatch):
         parsed("--config", tmp_path / "recipe.yaml", "--task", 0)
     with pytest.raises(ConfigError, match="nowhere.yaml: no such config file"):
         parsed("--config", tmp_path / "nowhere.yaml", "--task", 0)
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "9")  # an array over shards, say
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "9")  # such as an array over shards
     assert parsed("--config", tmp_path / "recipe.yaml").train.steps == 7
 
 

@@ -63,7 +63,7 @@ class Cam:
         return Cam(tuple(classes_n.tolist()), maps_nhw, scale.item())
 
     def fits(self, height: int, width: int) -> bool:
-        """Return whether the maps can belong to an H x W image: its aspect ratio, to one cell, and sides of 1/4 or more of its."""
+        """Return whether the maps can belong to an H x W image: its aspect ratio, to one cell, and at least 1/4 of its sides."""
         h, w = self.maps_nhw.shape[1:]
         lows = (h - 1) / height, (w - 1) / width
         highs = (h + 1) / height, (w + 1) / width

@@ -124,7 +124,7 @@ def augment(
 def draw_crop(
     seed_HW: np.ndarray, classes: Sequence[int], rng: np.random.Generator, config: AugmentConfig, scale: Sequence[int]
 ) -> tuple[Crop, np.ndarray]:
-    """Return a random crop and its seed, uint8 c x c. It is drawn up to ten times while one class covers too much of its seeds."""
+    """Return a random crop and its seed, uint8 c x c. While one class covers too much of the seed, up to ten crops are drawn."""
     size = scaled_size(seed_HW.shape[0], seed_HW.shape[1], scale, rng.uniform(config.ratio[0], config.ratio[1]))
     likely = (0, *classes) if seed_HW.max() < IGNORE else (IGNORE, 0, *classes)
     # Only what is needed of the resized seed is computed: all columns at once, but rows, which are fast to copy, per crop.

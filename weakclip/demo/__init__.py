@@ -1,1 +1,1 @@
-"""The synthetic world: images, labels and exact masks that are drawn, and the whole pipeline on them."""
+"""The synthetic world: images that are drawn with labels and exact masks, and the whole pipeline on them."""

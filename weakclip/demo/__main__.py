@@ -1,4 +1,7 @@
-"""python -m weakclip.demo --config configs/demo.yaml [demo.seed=1] [demo.size=800] [demo.seeds=exact run=runs/ceiling]"""
+"""Run the whole pipeline on a synthetic world.
+
+python -m weakclip.demo --config configs/demo.yaml [demo.seed=1] [demo.size=800] [demo.seeds=exact run=runs/ceiling]
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from weakclip.demo import pipeline
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = cli.Parser(prog="weakclip demo", description="The whole pipeline on a synthetic world.")
+    parser = cli.Parser(prog="weakclip demo", description="Run the whole pipeline on a synthetic world.")
     config, _ = cli.parse_config(parser, arguments)
     start = time.monotonic()
     scores = pipeline.run(config)

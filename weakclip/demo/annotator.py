@@ -1,7 +1,7 @@
-"""A small CNN that learnt from labels what pictures show, and says of a picture's labels where in it they are true.
+"""A small CNN trained on image labels, which locates the labels of an image.
 
-With it, the small CLIP learns places from labels: by token labelling (Jiang et al., "All Tokens Matter", NeurIPS 2021), where
-each patch of a transformer is trained towards what a CNN finds there.
+With it the small CLIP learns locations from labels, by token labelling (Jiang et al., "All Tokens Matter", NeurIPS 2021): each
+patch of a transformer is trained towards the CNN's prediction there.
 
     python -m weakclip.demo.annotator --out runs/demo-annotator.safetensors
 """
@@ -26,13 +26,13 @@ from weakclip.labels import DEMO
 THINGS = (*DEMO[1:], *world.CLUTTER)
 NOUNS = (*THINGS, *world.GROUNDS)
 LABELS = (*NOUNS, *(f"a {look} {thing}" for thing in THINGS for look in (*world.TEXTURES, *world.BODY_COLOURS)))
-"""Phrases of captions. As with ImageNet's, there are things of all kinds among them, and their breeds."""
+"""Phrases of captions. As in ImageNet, they include things of all kinds, and their breeds."""
 
-PRIOR = -3.0  # what the bias of a label begins with: most are false of a picture
+PRIOR = -3.0  # initial bias of a label, since most labels are false of an image
 
 
 class Annotator(nn.Module):
-    """A CNN of stride 8 whose last map, averaged, says how true each label is of a picture."""
+    """A CNN of stride 8. The mean of its last map is the logit of each label for the image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class Annotator(nn.Module):
         nn.init.constant_(self.classify.bias, PRIOR)  # type: ignore[arg-type]
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
-        """Logits of LABELS at each place, B x A x H/8 x W/8."""
+        """Return logits of LABELS at each location, B x A x H/8 x W/8."""
         return self.classify(self.features(x_B3HW))
 
 
 def multi_hot(captions: Sequence[Captions], labels: Sequence[str] = LABELS) -> Tensor:
-    """float [B, A]: 1 where a label is among a picture's captions."""
+    """Return float [B, A], 1 where a label is among an image's captions."""
     column = {label: number for number, label in enumerate(labels)}
     true = torch.zeros(len(captions), len(labels))
     for row, own in zip(true, captions, strict=True):
@@ -61,19 +61,19 @@ def multi_hot(captions: Sequence[Captions], labels: Sequence[str] = LABELS) -> T
 
 
 def load(path: Path) -> Annotator:
-    """The annotator in a file of this module.
+    """Load the annotator from a file that this module wrote.
 
     Raises ConfigError naming a file that is missing.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; `python -m weakclip.demo.annotator --out {path}` trains it")
+        raise ConfigError(f"{path}: no such file; train it with: python -m weakclip.demo.annotator --out {path}")
     network = Annotator()
     network.load_state_dict(load_file(path))
     return network.eval()
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = cli.Parser(description="Train a small CNN on labels of the synthetic world's pictures.")
+    parser = cli.Parser(description="Train a small CNN on image labels of the synthetic world.")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--steps", type=int, default=2500)
     options = parser.parse_args(arguments)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     network = Annotator()
 
     def loss_of(x_B3HW: Tensor, captions: Sequence[Captions]) -> Tensor:
-        """Binary cross-entropy: the sum over labels, the mean over pictures."""
+        """Return the binary cross-entropy, summed over labels and averaged over images."""
         logits_BA, true_BA = network(x_B3HW).mean((2, 3)), multi_hot(captions)
         return F.binary_cross_entropy_with_logits(logits_BA, true_BA, reduction="sum") / len(true_BA)
 

@@ -1,17 +1,18 @@
-"""What ImageNet is to real networks, for those of the synthetic world: backbones that have seen many other pictures.
+"""Pretrained backbones for the networks of the synthetic world, as ImageNet backbones are for real networks.
 
-A few hundred pseudo masks teach a network with a random start next to nothing; real ones begin from a backbone that knows
-shapes and textures. What knows them here is the small CLIP. The ViT begins as its image tower, as timm's ViTs of CLIP do. The
-others learn, on pictures of other worlds, to say what its tokens say at each place (feature distillation: Wei et al.,
-"Contrastive Learning Rivals Masked Image Modeling in Fine-tuning via Feature Distillation", 2022). No mask is ever seen. The
-files are in the formats of the libraries whose networks they are, so `retrain.pretrained` and `classify.pretrained` read them
-like any other.
+A randomly initialized network learns next to nothing from a few hundred pseudo masks, so networks start from a backbone that
+knows shapes and textures. Here that knowledge comes from the small CLIP. The ViT is initialized with its image tower, as timm's
+CLIP ViTs are. The others are trained on images of other worlds to predict its tokens at each location (feature distillation: Wei
+et al., "Contrastive Learning Rivals Masked Image Modeling in Fine-tuning via Feature Distillation", 2022). No masks are used.
+The files have the formats of the networks' libraries, so `retrain.pretrained` and `classify.pretrained` read them like any
+others.
 
     python -m weakclip.demo.backbones --out runs/demo-backbones
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,24 +39,26 @@ declare_missing()
 import timm
 from transformers import SegformerConfig, SegformerForImageClassification
 
+_log = logging.getLogger(__name__)
+
 
 class Backbone(NamedTuple):
-    """A network with the names of its library's file."""
+    """A network with the parameter names of its library's file."""
 
     network: nn.Module
     maps: Callable[[Tensor], list[Tensor]]
-    """Images, B x 3 x H x W, to the maps that a segmentation network reads, B x C x h x w each."""
+    """Images, B x 3 x H x W -> the maps that a segmentation network reads, B x C x h x w each."""
     write: Callable[[Path], None]
-    """Its model.safetensors, and what the library puts beside it, into a folder."""
+    """Writes its model.safetensors, and the library's other files, into a folder."""
 
 
 def small_clip() -> Any:
-    """The one that ships."""
+    """Load the small CLIP of the package, frozen and in eval mode."""
     return load_clip(ClipConfig(None, "demo", double_class_embedding=False)).eval().requires_grad_(False)
 
 
 def deit_tiny() -> Backbone:
-    """timm's, of twelve blocks: the last six are the small CLIP's, the others add nothing yet."""
+    """Build timm's DeiT-Ti of twelve blocks: the last six are the small CLIP's, the first six are initialized to add nothing."""
     network = timm.create_model("deit_tiny_patch16_224", num_classes=0, img_size=192, dynamic_img_size=True)
     _begin_as(network, small_clip().visual)
 
@@ -67,7 +70,7 @@ def deit_tiny() -> Backbone:
 
 
 def mit_b0() -> Backbone:
-    """transformers' Mix Transformer, its sizes the library's defaults. Its classifier stays random."""
+    """Build transformers' Mix Transformer with the library's default sizes. Its classifier stays random."""
     network = SegformerForImageClassification(SegformerConfig())
 
     def maps(images_B3HW: Tensor) -> list[Tensor]:
@@ -77,14 +80,14 @@ def mit_b0() -> Backbone:
 
 
 def resnet38_narrow() -> Backbone:
-    """Its trunk."""
+    """Build the trunk of the narrow ResNet-38."""
     network = Trunk(NETWORKS["resnet38"].backbones["narrow"]["width"])
     return Backbone(network, lambda images_B3HW: [network(images_B3HW)], lambda folder: _write(network, folder))
 
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {"deit_tiny": deit_tiny, "mit_b0": mit_b0, "resnet38_narrow": resnet38_narrow}
 STEPS = {"mit_b0": 5000, "resnet38_narrow": 1500}
-"""So many each needs to learn what CLIP sees. The other one is CLIP's tower already."""
+"""Training steps for the distillation. The ViT needs none, since it has CLIP's weights already."""
 
 
 def _write(network: nn.Module, folder: Path) -> None:
@@ -95,7 +98,7 @@ def _write(network: nn.Module, folder: Path) -> None:
 def _begin_as(vit: Any, tower: Any) -> None:
     """Give a ViT the weights of CLIP's image tower, which has half as many blocks.
 
-    It has no norm before its blocks, as the tower has: tokens are scaled by the deviation that they have on average instead.
+    Unlike the tower, the ViT has no norm before its blocks. Instead its tokens are scaled by their mean std.
     """
     images = np.stack([world.picture(BACKBONE_SEED, index).image for index in range(16)])
     positions_TC, norm = tower.positional_embedding, tower.ln_pre
@@ -123,13 +126,13 @@ def _begin_as(vit: Any, tower: Any) -> None:
 
 @torch.no_grad()
 def last_tokens(clip: Any, x_B3HW: Tensor) -> Tensor:
-    """CLIP's, after the last norm: B x C x H/16 x W/16."""
+    """Return CLIP's patch tokens after the last norm, B x C x H/16 x W/16."""
     tokens_BLC = clip.visual.ln_post(encode_patches(clip, x_B3HW)[2][-1])
     return tokens_BLC.mT.unflatten(2, (x_B3HW.shape[2] // 16, x_B3HW.shape[3] // 16))
 
 
 def train(name: str, backbone: Backbone, steps: int, state: Path) -> None:
-    """Train it: a linear layer of its maps is to be what CLIP sees. state: as `pretrain` says."""
+    """Train a backbone so that a linear layer on its maps predicts CLIP's tokens. state: as in `pretrain`."""
     clip = small_clip()
     with torch.no_grad():
         example = torch.zeros(1, 3, 192, 192)
@@ -137,7 +140,7 @@ def train(name: str, backbone: Backbone, steps: int, state: Path) -> None:
         reading = nn.Conv2d(channels, last_tokens(clip, example).shape[1], 1)
 
     def loss_of(x_B3HW: Tensor, _captions: Sequence[Captions]) -> Tensor:
-        # Each channel normalised over the batch: none drowns the others.
+        # Each channel is normalised over the batch, so that none dominates the loss.
         wanted_BChw = F.batch_norm(last_tokens(clip, x_B3HW), None, None, training=True)
         maps = [_resize(found, wanted_BChw.shape[2:]) for found in backbone.maps(x_B3HW)]
         return F.mse_loss(reading(torch.cat(maps, dim=1)), wanted_BChw)
@@ -152,15 +155,15 @@ def _resize(maps_BCHW: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = cli.Parser(description="Train backbones for the synthetic world's networks, on other pictures.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for a folder each")
-    parser.add_argument("--steps", type=int, help="instead of each one's own")
+    parser = cli.Parser(description="Train backbones for the synthetic world's networks, on other images.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for one folder per backbone")
+    parser.add_argument("--steps", type=int, help="training steps (default: those of each backbone)")
     parser.add_argument("--only", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     options = parser.parse_args(arguments)
     for name in options.only:
         folder = options.out / name
         if (folder / "model.safetensors").is_file():
-            print(f"{folder} is there")
+            _log.info("%s exists, skipped", folder)
             continue
         torch.manual_seed(0)
         backbone = BACKBONES[name]()

@@ -1,6 +1,6 @@
-"""What CAMs come to without WeakCLIP: at their best threshold, and after a dense CRF in the setting that suits them best.
+"""Baselines without WeakCLIP: CAMs at their best threshold, and after a dense CRF with its best setting.
 
-Threshold and setting are chosen with the exact masks: WeakCLIP, which is not, has to beat them even so.
+Threshold and setting are chosen with the exact masks, which WeakCLIP does not see.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from weakclip.evaluation.scoring import best_cam_threshold, cam_crf_counts
 from weakclip.masks.seeds import cam_maps, refined_cam
 
 COLOUR_TOLERANCES = (3.0, 5.0, 8.0, 13.0)
-"""Of the bilateral kernel, in grey values: how different pixels may be that belong together. Published: 5 for VOC, 3 for COCO."""
+"""Values of `bilateral_srgb`, the bilateral kernel's colour std in grey values. Published: 5 for VOC, 3 for COCO."""
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """mIoU in percent of the CAMs alone, and with a CRF; and what they were found with."""
+    """mIoU in percent of the CAMs alone and with a CRF, and the threshold and setting used."""
 
     cam: float
     cam_crf: float
@@ -31,7 +31,7 @@ class Baselines:
 
     @classmethod
     def of(cls, samples: Iterable[DecodedSample], index: Index, published: CrfConfig, processes: int | None) -> Baselines:
-        """Of labelled samples with CAMs and exact masks. processes: for the CRF; None: one a core."""
+        """Compute the baselines of labelled samples with CAMs and exact masks. processes: for the CRF; None: one per core."""
         scores = best_cam_threshold(samples, index.classes)
         tried = [replace(published, bilateral_srgb=tolerance) for tolerance in COLOUR_TOLERANCES]
         found = cam_crf_counts(samples, scores.threshold, tried, len(index.classes), processes)
@@ -40,6 +40,6 @@ class Baselines:
         return cls(100 * scores.miou, mious[best], scores.threshold, tried[best])
 
     def refined(self, sample: DecodedSample) -> np.ndarray:
-        """CAM + CRF: a mask, uint8 H x W."""
+        """Return the mask of CAM + CRF, uint8 H x W."""
         classes = sample.cam.classes if sample.cam else ()
         return refined_cam(cam_maps(sample), classes, sample.image, self.threshold, self.settings)

@@ -1,14 +1,14 @@
-"""Trains a small CLIP on the synthetic world, from pictures and captions alone, and measures how good its tokens are.
+"""Train a small CLIP on the synthetic world, from images and captions alone, and measure the quality of its tokens.
 
-Contrasting whole pictures with whole captions soon names every class, yet leaves the patch tokens nearly useless for
-segmentation: a head is all it takes to say "cat". Two more objectives make the patches local, still without masks:
+Contrasting whole images with whole captions soon recognises every class, but leaves the patch tokens nearly useless for
+segmentation, since a head is enough to say "cat". Two more objectives make the patches local, still without masks:
 
-* every short phrase ("a striped brown cat", "a red head", "grass") must be found by some patches of the pictures it is
-  true of, and by no patch of the others;
-* every single patch must choose, among all nouns, what a CNN that learnt those nouns from whole captions finds there.
+* every short phrase ("a striped brown cat", "a red head", "grass") must match some patches of the images that it is
+  true of, and no patch of the others;
+* every single patch must choose, among all nouns, the one that a CNN trained on those nouns as image labels finds there.
 
-Half of the pictures are mosaics of four close-ups, each a picture with its own caption, so that a patch that knows its
-neighbours' caption but not its own is wrong.
+Half of the images are mosaics of four close-ups, each with its own caption, so that a patch that knows its neighbours'
+caption but not its own is wrong.
 
     python -m weakclip.demo.clip --out DIR --minutes 30
 """
@@ -41,7 +41,7 @@ from weakclip.evaluation.metrics import Scores, confusion
 from weakclip.labels import DEMO
 from weakclip.models.pretrained import load_clip, open_clip, pack_tokens
 
-# Shapes: B pictures, R regions (a picture, or one part of a mosaic), L patches, U phrases, N tokens of a text, E
+# Shapes: B images, R regions (an image, or one part of a mosaic), L patches, U phrases, N tokens of a text, E
 # embedding, D width, K classes, h x w the patch grid.
 
 MODEL_CFG: dict[str, Any] = {
@@ -50,14 +50,14 @@ MODEL_CFG: dict[str, Any] = {
     "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3},
 }
 ANNOTATOR = Path("runs/demo-annotator.safetensors")
-TAPS = (1, 2, 3, 5)  # blocks the probe reads: the method's 3, 5, 7, 11 of twelve, scaled to six
+TAPS = (1, 2, 3, 5)  # blocks that the probe reads: the method's 3, 5, 7, 11 of twelve, scaled to six
 
 
 # The shipped file -----------------------------------------------------------------------------------------------------
 
 
 def row_ids() -> Tensor:
-    """int64 [n], ascending: the token ids the world's captions need; 0 pads, the last two start and end a text."""
+    """Return the token ids of the world's captions, int64 [n], ascending; 0 pads, the last two start and end a text."""
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
     return torch.unique(tokenizer(list(world.words())))
 
@@ -75,7 +75,7 @@ def ship(model: open_clip.CLIP, ids: Tensor, folder: Path) -> None:
 
 
 def encode_patches(model: open_clip.CLIP, images_B3HW: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Unit embeddings of the class token [B, E] and the patches [B, L, E], and every block's patch tokens [B, L, D]."""
+    """Return unit embeddings of the class token [B, E] and the patches [B, L, E], and each block's patch tokens [B, L, D]."""
     tower = model.visual
     h, w = (side // 16 for side in images_B3HW.shape[2:])
     position = tower.positional_embedding  # class token first, then a square grid
@@ -95,7 +95,7 @@ def encode_patches(model: open_clip.CLIP, images_B3HW: Tensor) -> tuple[Tensor, 
 
 
 def encode_texts(model: open_clip.CLIP, ids_UN: Tensor) -> Tensor:
-    """Unit embeddings [U, E] of token ids. Like encode_text, but as long as the longest text, not the context."""
+    """Return unit embeddings [U, E] of token ids. Like encode_text, but cut to the longest text instead of the context."""
     end = ids_UN.argmax(dim=1)
     length = int(end.max()) + 1
     tokens = model.token_embedding(ids_UN[:, :length]) + model.positional_embedding[:length]
@@ -112,14 +112,14 @@ def attentions(tower: Any) -> list[SelfAttention]:
 
 
 def mosaics(images: np.ndarray) -> np.ndarray:
-    """[4 B, H, W, 3] -> [B, 2 H, 2 W, 3], four pictures to a mosaic, row by row."""
+    """Join four images into each mosaic, row by row: [4 B, H, W, 3] -> [B, 2 H, 2 W, 3]."""
     count, height, width, _ = images.shape
     tiles = images.reshape(count // 4, 2, 2, height, width, 3)
     return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(count // 4, 2 * height, 2 * width, 3)
 
 
 def split_mosaics(patches_BLE: Tensor) -> Tensor:
-    """Patches of mosaics [B, L, E] -> of their parts [4 B, L / 4, E], in the order `mosaics` was given them."""
+    """Split patches of mosaics [B, L, E] into those of their parts [4 B, L / 4, E], in the order of `mosaics`."""
     count, length, width = patches_BLE.shape
     half = math.isqrt(length) // 2
     parts = patches_BLE.reshape(count, 2, half, 2, half, width).permute(0, 1, 3, 2, 4, 5)
@@ -130,7 +130,7 @@ def split_mosaics(patches_BLE: Tensor) -> Tensor:
 
 
 class Objectives(nn.Module):
-    """What is learnt besides the CLIP itself: the sharpness and offset of each objective's scores."""
+    """The objectives on patches, with their learnt scale and offset of scores."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,27 +138,27 @@ class Objectives(nn.Module):
         self.offset = nn.Parameter(torch.tensor(-4.0))
 
     def phrases(self, patches_RLE: Tensor, phrases_UE: Tensor, true_RU: Tensor) -> Tensor:
-        """A phrase looks at the patches that fit it best; their fit says whether it is true of the region."""
+        """Return the loss of phrases: the patches that match a phrase best decide whether it is true of the region."""
         fit_RUL = self.log_scale[0].exp() * phrases_UE @ patches_RLE.transpose(1, 2)
         found_RU = (fit_RUL.softmax(dim=2) * fit_RUL).sum(dim=2) + self.offset
         loss_RU = F.binary_cross_entropy_with_logits(found_RU, true_RU, reduction="none")
         return (loss_RU * true_RU).sum() / true_RU.sum() + (loss_RU * (1 - true_RU)).sum() / (1 - true_RU).sum() * 4
 
     def nouns(self, patches_RLE: Tensor, nouns_KE: Tensor, places_RLK: Tensor) -> Tensor:
-        """Every patch chooses one noun. places_RLK: how much of a patch the annotator gives to each; sums to 1."""
+        """Return the loss of patches that choose one noun each. places_RLK: the annotator's share of each noun; sums to 1."""
         choice_RLK = (self.log_scale[1].exp() * patches_RLE @ nouns_KE.T).log_softmax(dim=2)
         return -(places_RLK * choice_RLK).sum(dim=2).mean()
 
 
 @torch.no_grad()
 def noun_places(annotator: Annotator, regions_R3HW: Tensor, true_RK: Tensor) -> Tensor:
-    """How much of each patch is what each noun of the caption names, [R, L, K], by a CNN that was trained on such nouns alone."""
+    """Return the share of each patch that belongs to each noun of the caption, [R, L, K], by a CNN trained on image labels."""
     maps_RKhw = annotator(regions_R3HW)[:, : len(NOUNS)].masked_fill(true_RK[:, :, None, None] == 0, -math.inf)
     return F.avg_pool2d(maps_RKhw.softmax(dim=1), 2).flatten(2).transpose(1, 2)
 
 
 def contrast(model: open_clip.CLIP, images_BE: Tensor, texts_BE: Tensor, texts: Sequence[str]) -> Tensor:
-    """CLIP's symmetric loss; pictures that share a caption share the target."""
+    """Return CLIP's symmetric loss. Images with the same caption share the target."""
     same = torch.tensor([[float(a == b) for b in texts] for a in texts])
     target = same / same.sum(dim=1, keepdim=True)
     logits = model.logit_scale.exp().clamp(max=100) * images_BE @ texts_BE.T
@@ -170,7 +170,7 @@ def contrast(model: open_clip.CLIP, images_BE: Tensor, texts_BE: Tensor, texts: 
 
 @dataclass
 class Batch:
-    """regions: uint8 [R, H, W, 3], with their captions. mosaic: every four of them are the parts of one picture."""
+    """Images and captions of a step. regions: uint8 [R, H, W, 3]. mosaic: every four regions are the parts of one image."""
 
     regions: np.ndarray
     captions: list[Captions]
@@ -178,7 +178,7 @@ class Batch:
 
 
 class Trainer:
-    """A CLIP in the making. Its vocabulary is the world's own; `ship` widens it to open_clip's."""
+    """A CLIP in training. Its vocabulary is that of the world; `ship` expands it to open_clip's."""
 
     peak_lr = 1e-3
 
@@ -200,7 +200,7 @@ class Trainer:
         self.parts = {"model": self.model, "objectives": self.objectives, "optimizer": self.optimizer}
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """[U, E]. Token ids become row numbers; the order stays, so the end of a text is still its largest."""
+        """Return unit embeddings [U, E]. Token ids become rows in the same order, so a text still ends with the largest."""
         return encode_texts(self.model, torch.searchsorted(self.ids, self.tokenizer(list(texts))))
 
     def loss(self, batch: Batch, rng: np.random.Generator) -> Tensor:
@@ -218,9 +218,9 @@ class Trainer:
         return loss + contrast(self.model, whole_BE, self.encode(texts), texts) if texts else loss
 
     def advance(self, batch: Batch, progress: float, rng: np.random.Generator) -> Tensor:
-        """One step at `progress` (0..1) of the whole training. Returns the loss.
+        """Do one step at `progress` (0..1) of the whole training. Returns the loss.
 
-        The learning rate is constant up to 70 %: a copy of the state from before goes on for as long as one likes.
+        The learning rate is constant up to 70 %, so a copy of the state from before that can be trained for any length.
         """
         lr = self.peak_lr * min(1.0, (self.step + 1) / 200, (1.01 - progress) / 0.3)
         for group in self.optimizer.param_groups:
@@ -235,9 +235,9 @@ class Trainer:
 
 
 def train(folder: Path, minutes: float, seed: int, annotator: Annotator) -> Trainer:
-    """Train for `minutes` of wall time, or what is left of them after an interruption. State: folder/training.pt.
+    """Train for `minutes` of wall time, or the rest of them after an interruption. The state is in folder/training.pt.
 
-    The first tenth sees single close-ups of half the side; then mosaics of them and whole pictures take turns.
+    The first tenth uses single close-ups of half the side; then mosaics of them and whole images alternate.
     """
     trainer = Trainer(seed, annotator)
     state = State(folder / "training.pt", trainer.parts)
@@ -246,7 +246,7 @@ def train(folder: Path, minutes: float, seed: int, annotator: Annotator) -> Trai
     rng = np.random.default_rng((seed, trainer.step))
     total = 60 * minutes
     with drawing_process() as worker, clock("demo CLIP", total, trainer.seconds) as bar:
-        series = TRAIN_SEED + 1000 * seed + trainer.step  # after an interruption the pictures are new ones
+        series = TRAIN_SEED + 1000 * seed + trainer.step  # after an interruption the images are new ones
         close_ups, whole = Pool(worker, series, 96, True, 4, first=4096), Pool(worker, series, 192, False, 2, first=2048)
         while trainer.seconds < total:
             started = time.monotonic()
@@ -273,7 +273,7 @@ def _next_batch(close_ups: Pool, whole: Pool, trainer: Trainer, total: float, rn
 
 @torch.inference_mode()
 def _encode_world(model: open_clip.CLIP, seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`count` pictures: class embedding [B, E], patches [B, L, E], tapped tokens [B, L, 4 D], masks [B, H, W]."""
+    """Encode `count` images: class embedding [B, E], patches [B, L, E], tapped tokens [B, L, 4 D], masks [B, H, W]."""
     pictures = [world.picture(seed, index) for index in range(count)]
     parts = []
     for start in range(0, count, 50):
@@ -285,14 +285,14 @@ def _encode_world(model: open_clip.CLIP, seed: int, count: int) -> tuple[Tensor,
 
 
 def _upsample(scores_BLK: Tensor, side: int) -> Tensor:
-    """Scores of patches [B, L, K] -> of pixels [B, K, H, W]."""
+    """Upsample scores of patches [B, L, K] to pixels [B, K, H, W]."""
     grid = math.isqrt(scores_BLK.shape[1])
     scores = scores_BLK.transpose(1, 2).unflatten(2, (grid, grid))
     return F.interpolate(scores, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def mean_iou(predicted: Tensor, masks: Tensor) -> float:
-    """Mean IoU in percent over the K classes of labels.DEMO, background included."""
+    """Return the mean IoU in percent over the K classes of labels.DEMO, background included."""
     return 100 * Scores.of(confusion(masks.numpy(), predicted.numpy(), len(DEMO)), DEMO).miou
 
 
@@ -303,7 +303,7 @@ def average_precision(scores: Tensor, true: Tensor) -> float:
 
 
 def fit_probe(taps_BLD: Tensor, masks_BHW: Tensor, steps: int = 300) -> Callable[[Tensor], Tensor]:
-    """Multinomial logistic regression from a patch's tapped tokens to the shares of the classes in its pixels."""
+    """Fit a multinomial logistic regression from a patch's tapped tokens to the shares of the classes in its pixels."""
     shares = F.avg_pool2d(F.one_hot(masks_BHW, len(DEMO)).permute(0, 3, 1, 2).float(), 16).flatten(2).transpose(1, 2)
     std, mean = torch.std_mean(taps_BLD, dim=(0, 1))
     probe = nn.Linear(taps_BLD.shape[2], len(DEMO))
@@ -318,11 +318,11 @@ def fit_probe(taps_BLD: Tensor, masks_BHW: Tensor, steps: int = 300) -> Callable
 
 
 def quality(model: open_clip.CLIP) -> dict[str, float]:
-    """Three figures in percent, on 200 unseen pictures.
+    """Return three scores in percent on 200 unseen images.
 
-    image_map: mean average precision of the class token against "a photo of a cat" and its like.
-    matching_miou: each patch takes the noun nearest to it, among the classes, backgrounds and clutter; the latter two
-    count as background. probe_miou: a linear probe of the tapped tokens, fitted to exact masks of 300 other pictures.
+    image_map: mean average precision of the class token against "a photo of a cat" and so on.
+    matching_miou: each patch takes the closest noun among the classes, backgrounds and clutter; the latter two count as
+    background. probe_miou: a linear probe of the tapped tokens, fitted to the exact masks of 300 other images.
     """
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
     whole, patches, taps, masks = _encode_world(model, TEST_SEED, 200)
@@ -347,7 +347,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, quality.json and training state")
     parser.add_argument("--minutes", type=float, default=30, help="wall time of the training")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--annotator", type=Path, default=ANNOTATOR, help=f"what learnt places from labels ({ANNOTATOR})")
+    parser.add_argument("--annotator", type=Path, default=ANNOTATOR, help=f"weights of weakclip.demo.annotator ({ANNOTATOR})")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     trainer = train(options.out, options.minutes, options.seed, load(options.annotator))

@@ -1,4 +1,4 @@
-"""Fresh pictures of the synthetic world for a training that lasts as long as it is given, drawn in a process beside it."""
+"""New images of the synthetic world for trainings of any length, drawn in a process beside the training."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from weakclip.runtime.workers import die_with_parent
 
 TRAIN_SEED, PROBE_SEED, TEST_SEED, BACKBONE_SEED = (
     n * 10**9 for n in (1, 2, 3, 4)
-)  # scored demo pictures have seeds up to 10**6
+)  # the demo's own images have seeds up to 10**6
 
 Captions = tuple[str, ...]
 
 
 def network_input(images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] -> normalised float [B, 3, H, W]."""
+    """Normalise images: uint8 [B, H, W, 3] -> float [B, 3, H, W]."""
     # Contiguous: torch 2.13's dilated convolutions crash in the backward pass of channels-last images on CPU.
     return IMAGENET.apply(torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous())
 
@@ -34,9 +34,9 @@ def _draw(seed: int, start: int, count: int, size: int, close_up: bool) -> tuple
 
 
 class Pool:
-    """The latest `room` pictures of an endless series; a worker draws `first` of them, then `fresh` for every batch taken.
+    """The latest `room` images of an endless series. A worker draws `first` images, then `fresh` for every batch taken.
 
-    Drawing a picture costs about as much as learning from it, so each one is used a few times.
+    Drawing an image costs about as much as training on it, so each one is used a few times.
     """
 
     room = 4096
@@ -59,14 +59,14 @@ class Pool:
         self._order(self.fresh)
 
     def take(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[Captions]]:
-        """`count` different pictures of the pool: uint8 [B, H, W, 3] and their captions."""
+        """Return `count` different images of the pool, uint8 [B, H, W, 3], and their captions."""
         self._receive()
         chosen = rng.choice(min(self.drawn, self.room), count, replace=False)
         return self.images[chosen], [self.captions[i] for i in chosen]
 
 
 def drawing_process() -> ProcessPoolExecutor:
-    """One process that draws pictures when the training leaves it time to, and ends when that does, however it does."""
+    """Start a process of low priority that draws images, and that ends with the training, even if that is killed."""
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_stand_back)
 
 
@@ -76,6 +76,6 @@ def _stand_back() -> None:
 
 
 def clock(name: str, total: float, done: float) -> tqdm:
-    """A bar over seconds of training."""
+    """Return a progress bar over seconds of training."""
     shape = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s, {remaining} left{postfix}"
     return tqdm(total=total, initial=done, desc=name, bar_format=shape, mininterval=1)

@@ -1,7 +1,7 @@
-"""How a small transformer begins: with attention and positions of the kind that large, trained ones end up with.
+"""Mimetic initialization of a small transformer: attention and positions similar to those of large trained ones.
 
-Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers" (ICML 2023). From pictures as few as a demo can draw, a
-ViT with the usual random start learns slowly what is next to what.
+Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers" (ICML 2023). On the few images that a demo can draw, a ViT
+with the usual random initialization is slow to learn spatial relations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class SelfAttention(NamedTuple):
-    """Weights of one block: queries, keys and values [3 D, D], the projection behind them [D, D], and the number of heads."""
+    """Weights of one block: queries, keys and values [3 D, D], the output projection [D, D], and the number of heads."""
 
     qkv: Tensor
     projection: Tensor
@@ -24,9 +24,9 @@ class SelfAttention(NamedTuple):
 
 @torch.no_grad()
 def begin_near(blocks: Iterable[SelfAttention], positions_LD: Tensor) -> None:
-    """Let tokens look first at what is like them and near them, in place. positions_LD: of a square grid, row by row.
+    """Initialize in place so that tokens attend to similar and nearby tokens. positions_LD: of a square grid, row by row.
 
-    Queries times keys begin near the identity, values times the projection near its negative, positions as sinusoids.
+    Queries times keys start near the identity, values times the projection near its negative, and positions as sinusoids.
     """
     for qkv, projection, heads in blocks:
         width = len(projection)
@@ -45,13 +45,13 @@ def _noise(width: int) -> Tensor:
 
 
 def _factors(product_DD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """[D, rank] and [rank, D] whose product is nearest to the matrix."""
+    """Return the factors [D, rank] and [rank, D] whose product is closest to the matrix."""
     u, s, vh = torch.linalg.svd(product_DD)
     return u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * vh[:rank]
 
 
 def _sinusoids(side: int, width: int) -> Tensor:
-    """[side * side, width]: sines and cosines of a token's column, then of its row."""
+    """Return [side * side, width]: sines and cosines of a token's column, then of its row."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     turns = 10000 ** (-torch.arange(width // 4) / (width // 4))
     angles = [place.flatten()[:, None] * turns for place in (columns, rows)]

@@ -1,4 +1,4 @@
-"""The whole pipeline on the synthetic world: pictures -> shards -> CAMs -> training -> pseudo masks -> scores."""
+"""The whole pipeline on the synthetic world: images -> shards -> CAMs -> training -> pseudo masks -> scores."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from weakclip.training.world import World
 _log = logging.getLogger(__name__)
 
 SWEEP = Path(__file__).parents[1] / "assets" / "demo_seeds.json"
-"""Scores of the runs of configs/sweeps/seeds.yaml: python -m weakclip.sweep configs/sweeps/seeds.yaml --json FILE"""
+"""Scores of the runs of configs/sweeps/seeds.yaml, by: python -m weakclip.sweep configs/sweeps/seeds.yaml --json FILE"""
 
 UNSEEN = 500_000
-"""Index of the first picture that no training step sees."""
+"""Index of the first image that no training step sees."""
 
 ROWS = {
     "cam": "CAM, best single threshold",
@@ -56,14 +56,14 @@ ROWS = {
 
 
 def run(config: Config) -> dict[str, float]:
-    """Everything, into the run directory; what an interrupted run finished is not done again. Returns mIoU (%) by name."""
-    if config.demo.seeds == "exact":  # they come with the pictures
+    """Run the whole pipeline in the run directory, and return mIoU (%) by name. An interrupted run resumes."""
+    if config.demo.seeds == "exact":  # the seeds are the exact masks, drawn with the images
         config = replace(config, seeds=replace(config.seeds, crf=None))
     job = jobs.refine(config)
     claim(job, resume=True)
     folder = job.run.root
     unseen = draw_shards(config)
-    _log.info("making their CAMs from labels, with the frozen CLIP")
+    _log.info("making CAMs from labels with the frozen CLIP")
     make.run(config, part=None)
     seen = open_index(config.data.train, job.names)
     _log.info(f"training WeakCLIP, {config.train.steps} steps")
@@ -82,7 +82,7 @@ def run(config: Config) -> dict[str, float]:
 
 
 def mask_scores(config: Config, index: Index, folder: Path, row: str) -> dict[str, float]:
-    """mIoU (%) of the last weights' masks of a shard set, before and after the CRF; they go to `row` and `row`_crf."""
+    """Write the last weights' masks of a shard set without and with the CRF, to `row` and `row`_crf. Returns mIoU (%)."""
     plain, refined = folder / row, folder / f"{row}_crf"
     settings = replace(config, pseudo=replace(config.pseudo, crf=crf_settings(config), soft=True))
     pseudo.run(settings, str(index.root), weights.find(config.run_dir, "last"), refined)
@@ -101,7 +101,7 @@ def crf_settings(config: Config) -> CrfConfig:
 
 
 def table(scores: dict[str, float]) -> Table:
-    """A run's scores beside their mean and spread over several seeds of the recipe as it ships."""
+    """Return a run's scores beside mean and std over several seeds of the shipped recipe."""
     seeds: dict[str, dict[str, float]] = {}
     for task, found in json.loads(SWEEP.read_text()).items():  # such as all/0 and exact-masks/0
         seeds.setdefault(task.rpartition("/")[2], {}).update(found)
@@ -112,7 +112,7 @@ def table(scores: dict[str, float]) -> Table:
 
 
 def draw_shards(config: Config) -> Index:
-    """Shards of the labelled training pictures, at `data.labelled`, and of as many unseen ones, at `data.val`; the latter."""
+    """Write labelled training images to `data.labelled`, and as many unseen ones to `data.val`. Returns the latter set."""
     names, demo = labels.class_names(config.classes), config.demo
 
     def training_sample(index: int) -> Sample:
@@ -125,7 +125,7 @@ def draw_shards(config: Config) -> Index:
     for out, load in ((config.data.labelled, training_sample), (config.data.val, unseen_sample)):
         path = Path(str(out))
         if not (path / "index.json").is_file():
-            _log.info(f"drawing {demo.size} pictures")
+            _log.info(f"drawing {demo.size} images")
             path.parent.mkdir(parents=True, exist_ok=True)
             build_shards(range(demo.size), load, path, names, samples_per_shard=64)
     return open_index(str(config.data.val), names)
@@ -143,7 +143,7 @@ def _samples(config: Config, index: Index) -> Iterable[DecodedSample]:
 
 
 def draw(config: Config, index: Index, baselines: Baselines, made: Path, each: int = 4) -> Image.Image:
-    """The `each` worst, middle and best images of WeakCLIP's masks in `made`, and what the CAM alone and a CRF came to there."""
+    """Draw the `each` worst, median and best images of WeakCLIP's masks in `made`, beside the CAM and the CAM with a CRF."""
     scored = sorted((_own_score(sample, made), number) for number, sample in enumerate(_samples(config, index)))
     middle = (len(scored) - each) // 2
     chosen = dict.fromkeys([*scored[:each], *scored[middle : middle + each], *scored[-each:]])
@@ -158,5 +158,5 @@ def draw(config: Config, index: Index, baselines: Baselines, made: Path, each: i
 
 
 def _own_score(sample: DecodedSample, made: Path) -> float:
-    """mIoU (%) of one image's mask over the classes that are in it or in its mask."""
+    """Return the mIoU (%) of one image's mask over the classes in its true or predicted mask."""
     return 100 * count([sample], lambda sample: mask_folder.read(made, sample.key), len(labels.DEMO)).scores(labels.DEMO).miou

@@ -1,4 +1,4 @@
-"""A training on pictures of other worlds, for as many steps as it is given; interrupted, it goes on from its last save."""
+"""Training on images of other worlds for a number of steps. An interrupted training resumes from its last save."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from weakclip.demo.resumable import State
 PEAK_LR = 1e-3
 
 Loss = Callable[[Tensor, list[Captions]], Tensor]
-"""Of normalised pictures, B x 3 x H x W, and their captions."""
+"""A function of normalised images, B x 3 x H x W, and their captions -> loss."""
 
 
 def pretrain(name: str, networks: Mapping[str, nn.Module], loss_of: Loss, steps: int, close_ups: float, state: Path) -> None:
-    """Train `networks`, first on close-ups of half the side for so large a share (0..1) of the steps, then on whole pictures.
+    """Train `networks`, first on close-ups of half the side, then on whole images.
 
-    state: file from which an interrupted training goes on.
+    close_ups: share (0..1) of the steps on close-ups. state: file from which an interrupted training resumes.
     """
     parameters = [parameter for network in networks.values() for parameter in network.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_LR, weight_decay=0.05)
@@ -48,7 +48,7 @@ def pretrain(name: str, networks: Mapping[str, nn.Module], loss_of: Loss, steps:
 def _batches(
     worker: ProcessPoolExecutor, first: int, steps: int, close_ups: int
 ) -> Iterator[tuple[int, tuple[np.ndarray, list[Captions]]]]:
-    """Number, pictures and captions of each step that is left. After an interruption the pictures are new ones."""
+    """Yield number, images and captions of each remaining step. After an interruption the images are new ones."""
     rng, series = np.random.default_rng(first), image_pool.BACKBONE_SEED + first
     if first < close_ups:
         pool = Pool(worker, series, 96, True, fresh=4)

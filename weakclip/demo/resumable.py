@@ -1,4 +1,4 @@
-"""The state of a training that may be interrupted and goes on from its last save: one file, removed when the training is done."""
+"""The state of a resumable training: one file, removed when the training is done."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 SECONDS = 180
-"""Between two saves."""
+"""Minimum time between two saves."""
 
 
 class State:
-    """parts: what has a state_dict, by name."""
+    """Saved state of a training. parts: objects with a state_dict, by name."""
 
     def __init__(self, file: Path, parts: Mapping[str, Any]) -> None:
         self.file, self.parts = file, parts
         self.saved = time.monotonic()
 
     def restore(self) -> dict[str, float]:
-        """Bring the parts back to where they were. Returns the numbers saved with them; none where there was no training."""
+        """Restore the parts, and return the numbers saved with them; {} without a file."""
         if not self.file.is_file():
             return {}
         found = torch.load(self.file, weights_only=True)
@@ -30,7 +30,7 @@ class State:
         return found
 
     def save(self, **numbers: float) -> None:
-        """If it is time to."""
+        """Save the parts and numbers, if SECONDS have passed since the last save."""
         if time.monotonic() - self.saved > SECONDS:
             partial = self.file.with_suffix(".tmp")
             torch.save({name: part.state_dict() for name, part in self.parts.items()} | numbers, partial)

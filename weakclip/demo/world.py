@@ -1,8 +1,8 @@
 """A small synthetic world: animals and vehicles before textured backgrounds, with exact masks and true captions.
 
-Every picture is a pure function of (seed, index, size, close_up), so nothing is stored and any process can draw any
-picture. An object has a small distinctive part (a head, a roof, a sail) in saturated colours and a large body. The
-colours of bodies are shared by all classes and by the backgrounds: only texture and shape tell whose body it is.
+Every image is a pure function of (seed, index, size, close_up), so nothing is stored and any process can draw any image.
+An object has a small distinctive part (a head, a roof, a sail) in saturated colours and a large body. All classes and the
+backgrounds share the colours of bodies, so only texture and shape identify a body.
 
     python -m weakclip.demo.world --out sheet.png     # a contact sheet: image | mask
 """
@@ -25,11 +25,11 @@ Texture = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]  #
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture with what is true of it.
+    """One image with its mask, classes and captions.
 
     image: uint8 [H, W, 3]. mask: uint8 [H, W], class indices of labels.DEMO, 0 is background. classes: the foreground
-    classes in the mask, ascending. captions: the first describes the whole picture; the others are short, and together
-    they hold every phrase of their kind that is true here, so a phrase missing from them is false.
+    classes in the mask, ascending. captions: the first describes the whole image; the others are short, and together they
+    hold every phrase of their kind that is true here, so a phrase missing from them is false.
     """
 
     image: np.ndarray
@@ -56,7 +56,7 @@ def ellipse(u0: float, v0: float, ru: float, rv: float) -> Region:
 
 
 def polygon(*corners: tuple[float, float]) -> Region:
-    """A convex polygon with its corners listed clockwise as seen on the screen."""
+    """Return a convex polygon. Its corners are listed clockwise as seen on the screen."""
     edges = list(zip(corners, corners[1:] + corners[:1], strict=True))
 
     def inside(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -215,7 +215,7 @@ KINDS = {
     ),
 }  # fmt: skip
 
-# Things of no class that stand about, so that not everything that is no background is an object of a class.
+# Things without a class, so that not everything in the foreground is an object of a class.
 CLUTTER: dict[str, tuple[tuple[Region, ...], str, tuple[str, ...]]] = {
     "rock": ((ellipse(-0.1, 0.1, 0.9, 0.6), ellipse(0.3, -0.1, 0.5, 0.6)), "plain", ("grey", "tan", "black")),
     "bush": ((ellipse(-0.4, 0.2, 0.6, 0.5), ellipse(0.4, 0.2, 0.6, 0.5), ellipse(0, -0.3, 0.6, 0.6)), "spotted",
@@ -229,26 +229,26 @@ CLUTTER: dict[str, tuple[tuple[Region, ...], str, tuple[str, ...]]] = {
 GROUNDS = {"grass": "green", "water": "blue", "brick": "rust", "sand": "tan", "sky": "blue", "road": "grey"}
 """Background -> the body colour that blends in with it."""
 ALIKE, SECOND_ALIKE = 0.35, 0.75
-"""How often a body's first and second colour are the background's: a CRF alone shall add but a few points to the CAMs, as on
-photographs (docs/demo_world.md)."""
+"""Probabilities that a body's first and second colour are the background's. They are such that a CRF alone adds only a few
+points to the CAMs, as on photographs (docs/demo_world.md)."""
 
 
 @lru_cache(maxsize=64)
 def _interpolation(size: int, cells: int) -> np.ndarray:
-    """[size, cells + 1] weights that draw a line of `size` pixels through values at cell corners."""
+    """Return weights [size, cells + 1] that interpolate values at cell corners linearly to `size` pixels."""
     position = np.arange(size) * cells / size
     return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells + 1))).astype(np.float32)
 
 
 def _noise(rng: np.random.Generator, size: int, cell_y: int, cell_x: int) -> np.ndarray:
-    """Smooth noise [size, size] in -1..1 whose features are about `cell_y` x `cell_x` pixels."""
+    """Return smooth noise [size, size] in -1..1 with features of about `cell_y` x `cell_x` pixels."""
     rows, columns = max(1, size // cell_y), max(1, size // cell_x)
     corners = rng.uniform(-1, 1, (rows + 1, columns + 1)).astype(np.float32)
     return _interpolation(size, rows) @ corners @ _interpolation(size, columns).T
 
 
 def _ground(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """One background as float32 [size, size, 3]."""
+    """Draw one background, float32 [size, size, 3]."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     shade = 14 * _noise(rng, size, 48, 48)
     base = _rgb(GROUNDS[name]) + rng.uniform(-12, 12, 3).astype(np.float32)
@@ -273,7 +273,7 @@ def _ground(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _scenery(names: Sequence[str], size: int, rng: np.random.Generator) -> np.ndarray:
-    """One background, or the first below a wavy horizon and the second above it."""
+    """Draw one background, or the first below a wavy horizon and the second above it."""
     canvas = _ground(names[0], size, rng)
     if len(names) > 1:
         horizon = size * rng.uniform(0.2, 0.4) + 5 * _noise(rng, size, size, 32)[:1]
@@ -287,7 +287,7 @@ def _scenery(names: Sequence[str], size: int, rng: np.random.Generator) -> np.nd
 
 @dataclass(frozen=True)
 class Thing:
-    """An object or clutter to be drawn: centre and half side in pixels, turn in radians, negative `flip` looks left."""
+    """An object or clutter to draw: centre and half side in pixels, rotation `turn` in radians; `flip` -1 faces left."""
 
     name: str
     x: float
@@ -302,7 +302,7 @@ class Thing:
 
 
 def _coordinates(thing: Thing, size: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """The window of the picture that `thing` can touch, and the object coordinates u, v of its pixels."""
+    """Return the window of the image that `thing` can touch, and the object coordinates u, v of its pixels."""
     reach = 1.5 * thing.half
     top, left = max(0, int(thing.y - reach)), max(0, int(thing.x - reach))
     window = slice(top, min(size, int(thing.y + reach))), slice(left, min(size, int(thing.x + reach)))
@@ -342,7 +342,7 @@ def _draw(thing: Thing, canvas: np.ndarray, owner: np.ndarray, number: int, rng:
 
 
 def _cast(rng: np.random.Generator, close_up: bool) -> list[str]:
-    """Class names of the objects in a picture; classes that belong together come together more often than by chance."""
+    """Draw the class names of the objects in an image; partners occur together more often than by chance."""
     names = [str(rng.choice(DEMO[1:]))]
     if close_up:
         return names if rng.random() < 0.85 else []
@@ -354,7 +354,7 @@ def _cast(rng: np.random.Generator, close_up: bool) -> list[str]:
 
 
 def _grounds(cast: Sequence[str], rng: np.random.Generator, close_up: bool) -> list[str]:
-    """Names of one or two backgrounds, typical for the first object in half of the pictures."""
+    """Draw the names of one or two backgrounds, which are typical of the first object in half of the images."""
     typical = cast and rng.random() < 0.5
     names = [str(rng.choice(KINDS[cast[0]].places if typical else list(GROUNDS)))]
     if not close_up and names[0] != "sky" and rng.random() < 0.35:
@@ -363,7 +363,7 @@ def _grounds(cast: Sequence[str], rng: np.random.Generator, close_up: bool) -> l
 
 
 def _thing(name: str, size: int, side: tuple[float, float], ground: str, rng: np.random.Generator) -> Thing:
-    """A thing of random looks and place; its side is between `side` of the picture's."""
+    """Draw a thing of random appearance and position. side: range of its side, as a fraction of the image's."""
     half = size * rng.uniform(*side) / 2
     margin = min(0.85 * half, size / 2 - 1)
     x, y = rng.uniform(margin, size - margin, 2)
@@ -382,7 +382,7 @@ def _thing(name: str, size: int, side: tuple[float, float], ground: str, rng: np
 
 
 def picture(seed: int, index: int, size: int = 192, *, close_up: bool = False) -> Picture:
-    """Picture `index` of the endless series `seed`; the same arguments give the same picture everywhere.
+    """Draw image `index` of the endless series `seed`. The same arguments give the same image everywhere.
 
     size: side in pixels. close_up: at most one object, which may reach beyond the frame. seed and index: 0 or more.
     """
@@ -404,7 +404,7 @@ def picture(seed: int, index: int, size: int = 192, *, close_up: bool = False) -
 
 
 def _compose(things: Sequence[Thing], canvas: np.ndarray, rng: np.random.Generator) -> tuple[list[Thing], np.ndarray]:
-    """Paint things one over the other; who would hide most of another is left out. Owner 0 is the background."""
+    """Paint things one over the other; those that would hide most of another are left out. Owner 0 is the background."""
     drawn: list[Thing] = []
     owner = np.zeros(canvas.shape[:2], np.uint8)
     areas: list[int] = []
@@ -428,7 +428,7 @@ def _spot(thing: Thing, size: int) -> str:
 
 
 def _phrases(thing: Thing, size: int) -> list[str]:
-    """Every short phrase that is true of one thing; the first is its name."""
+    """Return every short phrase that is true of one thing; the first is its name."""
     name, size_word = thing.name, "large" if thing.half > 0.3 * size else "small"
     texture, colour, second = thing.texture, thing.colour, thing.second
     phrases = [name, f"a {colour} {name}", f"a {texture} {name}", f"a {texture} {colour} {name}"]
@@ -460,7 +460,7 @@ def _captions(things: Sequence[Thing], grounds: Sequence[str], size: int) -> tup
 
 
 def words() -> tuple[str, ...]:
-    """Every word a caption can hold, and the class names, sorted: what a text tower of this world must know."""
+    """Return the vocabulary of this world's text tower: every word of a caption, and the class names, sorted."""
     glue = {"a", "and", "at", "background", "bottom", "large", "left", "middle", "of", "on", "photo", "right", "small",
             "the", "top", "under", "with"}  # fmt: skip
     parts = [kind.part_name for kind in KINDS.values()]
@@ -468,7 +468,7 @@ def words() -> tuple[str, ...]:
 
 
 def contact_sheet(seed: int, columns: int = 4, rows: int = 4, size: int = 192) -> Image.Image:
-    """`rows` x `columns` pictures, each beside its mask in the classes' colours."""
+    """Draw `rows` x `columns` images, each beside its mask in the classes' colours."""
     colours = np.array(palette(), np.uint8).reshape(-1, 3)
     pictures = [picture(seed, index, size) for index in range(rows * columns)]
     tiles = [np.concatenate([p.image, colours[p.mask]], axis=1) for p in pictures]

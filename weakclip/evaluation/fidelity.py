@@ -256,7 +256,7 @@ def loss_parts(
 
 
 def released_gradients(model: WeakCLIP) -> dict[str, Tensor]:
-    """Return gradients by released name, also of the frozen towers. The class embedding is used twice, so its gradient doubles."""
+    """Return gradients by released name, of frozen towers too. The class embedding enters twice, so its gradient doubles."""
     found = {name: p.grad for name, p in released.parameters(model).items() if p.grad is not None}
     found["prompts_ND"] = found["prompts_ND"][None]
     found["clip.visual.class_embedding"] = 2 * found["clip.visual.class_embedding"]

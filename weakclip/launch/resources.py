@@ -126,7 +126,7 @@ class Resources:
     def local(self) -> dict[str, Any]:
         """Return the parameters of submitit's LocalExecutor. Raises ConfigError for several nodes or a container."""
         _require(self.nodes == 1, f"nodes: {self.nodes}, but there is only this machine without Slurm; set it to 1")
-        _require(self.container is None, "container: only Slurm starts containers; run this command inside the container instead")
+        _require(self.container is None, "container: only Slurm starts containers; run this command inside it instead")
         gpus = min(self.gpus_per_node, gpus_here())
         return {
             "tasks_per_node": max(gpus, 1),

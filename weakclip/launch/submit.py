@@ -120,7 +120,7 @@ def check_free(run: RunDir, on_slurm: bool) -> None:
     lock.check(run)
     for entry in journal.read(run) if on_slurm else []:
         if entry.cluster == "slurm" and lock.job_lives(entry.job):
-            raise ConfigError(f"run: job {entry.job} ({entry.stage}) is pending or running; cancel it: scancel {entry.job}")
+            raise ConfigError(f"run: {run} has job {entry.job} ({entry.stage}); wait, or cancel it with: scancel {entry.job}")
 
 
 def to_slurm(plans: Sequence[Plan], config: Config, dependency: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Dense CRF (Kraehenbuehl & Koltun, 2011) by mean field on the permutohedral lattice of pydensecrf."""
+"""Dense CRF (Kraehenbuehl & Koltun, 2011): mean-field inference on pydensecrf's permutohedral lattice."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pydensecrf.utils import unary_from_softmax
 
 from weakclip.config import CrfConfig
 
-# The boundary loss' own setting (released code: sxy 3 / 80, srgb 13, compat 3 / 10, ten iterations).
+# The CRF of the boundary loss (released code: sxy 3 / 80, srgb 13, compat 3 / 10, ten iterations).
 BOUNDARY = CrfConfig(bilateral_sxy=80, bilateral_srgb=13, bilateral_compat=10)
 
 
 def dense_crf(probs_KHW: np.ndarray, image_HW3: np.ndarray, config: CrfConfig) -> np.ndarray:
-    """Mean-field marginals, float32 K x H x W, of a dense CRF.
+    """Return the mean-field marginals of a dense CRF, float32 K x H x W.
 
     probs_KHW: class probabilities, float32; they need not sum to one. image_HW3: uint8 RGB of the same size.
     """
@@ -32,7 +32,7 @@ def dense_crf(probs_KHW: np.ndarray, image_HW3: np.ndarray, config: CrfConfig) -
 
 
 def refine(probs_KHW: np.ndarray, image_HW3: np.ndarray, config: CrfConfig) -> np.ndarray:
-    """Mask, uint8 H x W: arg-max of the dense CRF over those classes that win at least one pixel of `probs_KHW`."""
+    """Return a mask, uint8 H x W: the argmax of a dense CRF over the classes that win at least one pixel of `probs_KHW`."""
     occurring = np.unique(probs_KHW.argmax(0))
     if len(occurring) == 1:  # nothing to decide, and the lattice needs two labels
         return np.full(image_HW3.shape[:2], occurring[0], np.uint8)

@@ -1,4 +1,4 @@
-"""The likely classes of an image, however large it is: where memory runs out, the image is processed in smaller parts."""
+"""The likely classes of an image of any size: out of memory, the image is processed in smaller parts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NotFiniteError(UserError):
 
 
 class ImageTooLargeError(UserError):
-    """An image does not fit into memory in any way. The message names it and its size."""
+    """An image runs out of memory even in the smallest parts. The message names it and its size."""
 
 
 class Likely(NamedTuple):
@@ -34,7 +34,7 @@ class Likely(NamedTuple):
     classes_n: np.ndarray
     """int64, ascending."""
     probs_nHW: np.ndarray
-    """float32. Their sum is below one where classes that win no pixel, or that the labels exclude, have a share."""
+    """float32. They sum to less than one where classes that win no pixel, or that the labels exclude, have a share."""
 
 
 Rows = Callable[[], Iterator[list[Tensor]]]
@@ -42,10 +42,10 @@ Rows = Callable[[], Iterator[list[Tensor]]]
 
 
 def likely_classes(predictor: sliding_window.Predictor, sample: DecodedSample, settings: MaskSettings) -> Likely:
-    """Return the likely classes of `sample`: of all, or with `restrict_to_labels` of background and its labels.
+    """Return the likely classes of `sample`: among all classes, or with `restrict_to_labels` among background and its labels.
 
-    An image that is too large for memory is tried in smaller parts, with a warning. Raises ImageTooLargeError where none are
-    small enough, and NotFiniteError.
+    When memory runs out, a warning is logged and the image is processed in smaller parts. Raises ImageTooLargeError if even the
+    smallest parts run out of memory, and NotFiniteError.
     """
     H, W = sample.image.shape[:2]
     inference, scale = settings.inference, settings.scale
@@ -57,7 +57,7 @@ def likely_classes(predictor: sliding_window.Predictor, sample: DecodedSample, s
     }
     for way, rows in ways.items():
         if way != "as configured":
-            _log.warning("%s: %d x %d pixels do not fit into memory; trying again %s", sample.key, H, W, way)
+            _log.warning("%s: out of memory with %d x %d pixels; trying again %s", sample.key, H, W, way)
         try:
             return _occurring(rows(), sample, inference.restrict_to_labels)
         except (MemoryError, RuntimeError) as error:
@@ -65,7 +65,7 @@ def likely_classes(predictor: sliding_window.Predictor, sample: DecodedSample, s
                 raise
         if predictor.device.type == "cuda":
             torch.cuda.empty_cache()
-    raise ImageTooLargeError(f"{sample.key}: {H} x {W} pixels do not fit into memory, not even {way}; make the image smaller")
+    raise ImageTooLargeError(f"{sample.key}: out of memory with {H} x {W} pixels, even {way}; make the image smaller")
 
 
 def _whole(predictor: sliding_window.Predictor, sample: DecodedSample, inference: InferenceConfig, scale: list[int]) -> Rows:
@@ -74,7 +74,7 @@ def _whole(predictor: sliding_window.Predictor, sample: DecodedSample, inference
 
 
 def _occurring(rows: Rows, sample: DecodedSample, restrict_to_labels: bool) -> Likely:
-    """Two passes over the tiles, since a class that wins in any tile is needed in all."""
+    """Return the likely classes. This takes two passes over the tiles, because a class that wins in any tile is needed in all."""
     allowed = np.array([0, *sample.classes]) if restrict_to_labels else None
     found = [_winners(probs_Khw, allowed, sample.key) for row in rows() for probs_Khw in row]
     classes_n = np.unique(np.concatenate(found))
@@ -88,16 +88,16 @@ def _occurring(rows: Rows, sample: DecodedSample, restrict_to_labels: bool) -> L
 
 
 def _winners(probs_Khw: Tensor, allowed: np.ndarray | None, key: str) -> np.ndarray:
-    """Return the classes, int64, that are the likeliest of `allowed` (None: of all) somewhere."""
+    """Return the classes, int64, that are the most likely of `allowed` (None: of all) at one pixel or more."""
     highest_K = probs_Khw.amax((1, 2)).cpu()
     if not highest_K.isfinite().all():
         raise NotFiniteError(f"{key}: the network's probabilities are not finite numbers")
-    if allowed is None:  # probabilities sum to one: what stays under 1/K everywhere wins nowhere, and needs no look
+    if allowed is None:  # probabilities sum to one, so a class below 1/K everywhere wins nowhere
         allowed = (highest_K > 0.9 / len(highest_K)).nonzero()[:, 0].numpy()
-    winners_hw = probs_Khw[torch.from_numpy(allowed)].max(0).indices  # argmax's, in a quarter of its time on a CPU
+    winners_hw = probs_Khw[torch.from_numpy(allowed)].max(0).indices  # as argmax, in a quarter of its time on a CPU
     return allowed[winners_hw.unique().cpu().numpy()]
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the device (torch.OutOfMemoryError), Python, or torch on the CPU, whose error has no class, ran out of memory."""
+    """Return whether the device, Python or torch on the CPU, whose error is a plain RuntimeError, ran out of memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

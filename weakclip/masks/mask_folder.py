@@ -1,5 +1,5 @@
-"""A folder of masks: KEY.png, 8-bit palette PNGs of class indices, and about.json, which says what made them. Where they are
-wanted, KEY.npz holds the probabilities that a mask was made of."""
+"""A folder of masks: KEY.png, 8-bit palette PNGs of class indices, and about.json, which records how they were made. On request
+(`pseudo.soft`), KEY.npz holds the probabilities from which a mask was made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from weakclip.runtime.atomic import write_whole
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """How masks are predicted, and which seeds they are compared with on the way."""
+    """How masks are predicted, and with which seeds they are compared on the way."""
 
     inference: InferenceConfig
     scale: list[int]
@@ -33,18 +33,18 @@ class MaskSettings:
 
     @classmethod
     def of(cls, config: Config) -> MaskSettings:
-        """Return those of a recipe's pseudo masks."""
+        """Return the settings of a recipe's pseudo masks."""
         return cls(config.pseudo, config.data.scale, config.seeds, config.data.workers)
 
 
 def provenance(settings: MaskSettings, weights: Path) -> dict[str, Any]:
-    """Return what decides the pixels of the masks, for JSON."""
+    """Return everything that decides the pixels of the masks, as a dict for JSON."""
     decides = {name: value for name, value in asdict(settings.inference).items() if name not in ("processes", "soft")}
     return {"weights": sha256(weights), "scale": settings.scale, **decides}
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
-    """Return what made the masks in `folder`; None where none have been started."""
+    """Return the provenance of the masks in `folder`; None if none have been started."""
     note = folder / "about.json"
     return json.loads(note.read_text()) if note.is_file() else None
 
@@ -52,7 +52,7 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
 def open_for_writing(folder: Path, settings: MaskSettings, weights: Path) -> None:
     """Create `folder`, or check that its masks were made with the same weights and settings.
 
-    Raises ConfigError when they were not: masks of two models are never mixed.
+    Raises ConfigError if they were not: masks of two models are never mixed.
     """
     now, earlier = provenance(settings, weights), read_provenance(folder)
     if earlier is not None and earlier != now:
@@ -61,7 +61,7 @@ def open_for_writing(folder: Path, settings: MaskSettings, weights: Path) -> Non
         )
     if earlier is None:
         folder.mkdir(parents=True, exist_ok=True)
-        # Other tasks of an array may be creating it at this moment, or may have been killed as they did.
+        # Other tasks of an array may be creating it at this moment, or may have been killed while they did.
         others = (path for path in folder.iterdir() if path.name != "about.json" and path.suffix != ".partial")
         if any(read_provenance(folder) is None for _ in others):
             raise ConfigError(f"{folder} holds files that are not pseudo masks; choose another --out")
@@ -69,7 +69,7 @@ def open_for_writing(folder: Path, settings: MaskSettings, weights: Path) -> Non
 
 
 def remove_unfinished(folder: Path, entries: Iterable[Entry]) -> None:
-    """What a killed task left half-written of the masks of `entries`, which no other task makes."""
+    """Remove half-written masks of `entries` that a killed task left. No other task makes masks of these entries."""
     keys = {entry.key for entry in entries}
     for path in folder.glob("*.partial"):
         if path.name.partition(".")[0] in keys:
@@ -77,44 +77,46 @@ def remove_unfinished(folder: Path, entries: Iterable[Entry]) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of what made the masks in `folder`."""
+    """Return the SHA-256 of the provenance of the masks in `folder`."""
     return sha256(folder / "about.json")
 
 
 def missing(folder: Path, entries: Iterable[Entry], soft: bool = False) -> list[Entry]:
-    """Those that have no mask yet. soft: or no probabilities."""
+    """Return the entries that have no mask yet, or with `soft` no probabilities."""
     made = {path.stem for path in folder.glob("*.png")}
     made &= {path.stem for path in folder.glob("*.npz")} if soft else made
     return [entry for entry in entries if entry.key not in made]
 
 
 def is_made(folder: Path, key: str, soft: bool = False) -> bool:
-    """Whether `missing` would leave it out."""
+    """Return whether the mask of `key` exists, and with `soft` its probabilities."""
     return (folder / f"{key}.png").exists() and (not soft or soft_path(folder, key).exists())
 
 
 def soft_path(folder: Path, key: str) -> Path:
+    """Return the path of the probabilities from which the mask of `key` was made."""
     return folder / f"{key}.npz"
 
 
 def save_soft(classes_n: np.ndarray, probs_nHW: np.ndarray, path: Path) -> None:
-    """Probabilities 0..1 as 255ths."""
+    """Write probabilities in 0..1, n x H x W, as uint8 in 0..255, and their classes, n."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, classes=classes_n, probs=np.rint(255 * probs_nHW).astype(np.uint8))
     write_whole(path, buffer.getvalue())
 
 
 def save(mask_HW: np.ndarray, path: Path) -> None:
+    """Write a mask of class indices, uint8 H x W, as an 8-bit palette PNG."""
     write_whole(path, encode_mask_png(mask_HW))
 
 
 def read(folder: Path, key: str) -> np.ndarray:
-    """Return the mask KEY.png, uint8 H x W. Raises ShardError naming the file when it is missing or not an 8-bit mask."""
+    """Return the mask KEY.png, uint8 H x W. Raises ShardError naming the file if it is missing or not an 8-bit mask."""
     path = folder / f"{key}.png"
     try:
         with Image.open(path) as picture:
             if picture.mode not in ("P", "L"):
-                raise ShardError(f"{path}: a mask is an 8-bit palette or grey PNG, this is {picture.mode}")
+                raise ShardError(f"{path}: must be an 8-bit palette or grey PNG, is {picture.mode}")
             return np.array(picture)
     except FileNotFoundError:
         raise ShardError(f"{path}: missing; write it with python -m weakclip.pseudo") from None
@@ -123,20 +125,20 @@ def read(folder: Path, key: str) -> np.ndarray:
 
 
 def read_soft(folder: Path, key: str) -> np.ndarray:
-    """The mask that the probabilities in KEY.npz alone give, without a CRF: uint8 H x W."""
+    """Return the mask, uint8 H x W, that the probabilities in KEY.npz give without a CRF."""
     with np.load(soft_path(folder, key)) as found:
         return found["classes"][found["probs"].argmax(0)].astype(np.uint8)
 
 
 def read_target(folder: Path, key: str, size: tuple[int, int], num_classes: int) -> np.ndarray:
-    """The mask KEY.png as what a network is trained towards, uint8 H x W.
+    """Return the mask KEY.png as a training target, uint8 H x W. size: H, W of its image.
 
-    Raises ShardError naming the file when it is missing, damaged, of another size than its picture or of other classes.
+    Raises ShardError naming the file if it is missing or damaged, does not have this size or has classes beyond `num_classes`.
     """
     mask_HW = read(folder, key)
     if mask_HW.shape != size:
-        raise ShardError(f"{folder / key}.png: {mask_HW.shape[1]} x {mask_HW.shape[0]}, but the picture is {size[1]} x {size[0]}")
+        raise ShardError(f"{folder / key}.png: {mask_HW.shape[1]} x {mask_HW.shape[0]}, but the image is {size[1]} x {size[0]}")
     highest = mask_HW.max(where=mask_HW != labels.IGNORE, initial=0)
     if highest >= num_classes:
-        raise ShardError(f"{folder / key}.png: has class {highest}, but there are {num_classes}")
+        raise ShardError(f"{folder / key}.png: holds class {highest}, but there are {num_classes} classes")
     return mask_HW

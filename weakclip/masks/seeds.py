@@ -1,4 +1,4 @@
-"""Class activation maps -> seed masks."""
+"""Seed masks from class activation maps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from weakclip.masks import crf
 
 
 def cam_to_seed(maps_nHW: np.ndarray, classes: Sequence[int], background: float, foreground: float | None = None) -> np.ndarray:
-    """Seed mask, uint8 H x W, from one activation map (0..1) a present class.
+    """Return the seed mask, uint8 H x W, of one activation map (0..1) per present class.
 
     A pixel takes the class of the strongest map where that reaches `foreground` (default: `background`), is background (0)
-    where no map reaches `background`, and is ignored (255) in between. Without classes all is background.
+    where no map reaches `background`, and is ignored (255) in between. Without classes, every pixel is background.
     """
     foreground = background if foreground is None else foreground
     seed_HW, strongest_HW = strongest(maps_nHW, classes)
@@ -28,14 +28,14 @@ def cam_to_seed(maps_nHW: np.ndarray, classes: Sequence[int], background: float,
 
 
 def strongest(maps_nHW: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The class of each pixel's strongest map, the first of equal ones, uint8 H x W, and its value, float32 H x W.
+    """Return the class of each pixel's strongest map (the first of equal ones), uint8 H x W, and its value, float32 H x W.
 
-    Without classes it is background, below every threshold.
+    Without classes, it returns background with a value below every threshold.
     """
     if not len(classes):
         return np.zeros(maps_nHW.shape[1:], np.uint8), np.full(maps_nHW.shape[1:], -np.inf, np.float32)
     class_HW, value_HW = np.full(maps_nHW.shape[1:], classes[0], np.uint8), maps_nHW[0]
-    for index, map_HW in zip(classes[1:], maps_nHW[1:], strict=True):  # a pass a map: argmax over the first axis is slow
+    for index, map_HW in zip(classes[1:], maps_nHW[1:], strict=True):  # one pass per map: argmax over the first axis is slow
         np.copyto(class_HW, index, where=map_HW > value_HW, casting="unsafe")
         value_HW = np.maximum(value_HW, map_HW)
     return class_HW, value_HW
@@ -44,10 +44,10 @@ def strongest(maps_nHW: np.ndarray, classes: Sequence[int]) -> tuple[np.ndarray,
 def refined_seed(
     maps_nHW: np.ndarray, classes: Sequence[int], image_HW3: np.ndarray, background: float, foreground: float, config: CrfConfig
 ) -> np.ndarray:
-    """As `cam_to_seed`, but a dense CRF on the image decides at each threshold what is background: uint8 H x W.
+    """Return a seed mask as `cam_to_seed` does, uint8 H x W, but with a dense CRF at each threshold.
 
-    A pixel is of the class that the CRF gives it at `foreground`, is background where it is so at both, and ignored elsewhere.
-    (IRN, Ahn et al., CVPR 2019: its confident areas.)
+    A pixel takes the class that the CRF gives it at `foreground`, is background where the CRF says so at both thresholds, and is
+    ignored elsewhere. (These are the confident areas of IRN, Ahn et al., CVPR 2019.)
     """
     if not len(classes):
         return np.zeros(maps_nHW.shape[1:], np.uint8)
@@ -58,19 +58,22 @@ def refined_seed(
 def refined_cam(
     maps_nHW: np.ndarray, classes: Sequence[int], image_HW3: np.ndarray, background: float, config: CrfConfig
 ) -> np.ndarray:
-    """Mask, uint8 H x W: a dense CRF on the image decides between activation maps and a constant `background`."""
+    """Return the mask, uint8 H x W, of a dense CRF on the image between activation maps and a constant `background`."""
     names = np.array([0, *classes], np.uint8)
     return names[crf.refine(cam_to_probabilities(maps_nHW, background), image_HW3, config)]
 
 
 def cam_to_probabilities(maps_nHW: np.ndarray, background: float) -> np.ndarray:
-    """Activation maps and a constant `background` beside them, normalised to sum to one: float32 (1 + n) x H x W."""
+    """Return a constant `background` and the activation maps, normalised to sum to one: float32 (1 + n) x H x W."""
     scores_nHW = np.concatenate([np.full((1, *maps_nHW.shape[1:]), background, np.float32), maps_nHW])
     return scores_nHW / scores_nHW.sum(0).clip(1e-6)
 
 
 def cam_maps(sample: DecodedSample | OpenSample) -> np.ndarray:
-    """The sample's activation maps at the image's size, float32 n x H x W in 0..1. Raises ShardError where it has none."""
+    """Return the sample's activation maps at the image's size, float32 n x H x W in 0..1.
+
+    Raises ShardError if a labelled sample has no CAM.
+    """
     H, W = sample.size
     if sample.cam is None:
         if sample.classes:
@@ -83,8 +86,8 @@ def cam_maps(sample: DecodedSample | OpenSample) -> np.ndarray:
 def seed_mask(sample: DecodedSample | OpenSample, config: SeedConfig) -> np.ndarray:
     """Return the seed mask that training, evaluation, statistics and visualisations use for a sample, uint8 H x W.
 
-    It is the sample's own seed mask where it has one. Otherwise its CAM gives the seed mask by the two thresholds of `config`,
-    with `config.crf` refined by a dense CRF. Raises ShardError where a labelled sample has neither.
+    It is the sample's own seed mask if it has one. Otherwise its CAM gives the seed mask by the two thresholds of `config`, with
+    a dense CRF if `config.crf` is set. Raises ShardError if a labelled sample has neither.
     """
     if sample.seed is not None:
         return sample.seed

@@ -1,9 +1,8 @@
-"""Sliding windows x scales x mirror images -> class probabilities of a whole image.
+"""Sliding-window inference with multi-scale and flip test-time augmentation -> class probabilities of a whole image.
 
-Windows of one shape go through the network in batches, whichever scales and mirror images of the image they come from: from the
-scale on at which both sides reach the window, that is all of them (48 of the 52 of a 375 x 500 image in the published recipe),
-enough to fill a GPU. Images never share a batch, so an image's probabilities do not depend on which others a task has, or has
-still to do.
+Windows of one shape go through the network in batches, whichever scales and flips of the image they come from. From the scale at
+which both sides reach the window, all windows have one shape (48 of the 52 of a 375 x 500 image in the published recipe), enough
+to fill a GPU. Images never share a batch, so an image's probabilities do not depend on which other images a task has.
 """
 
 from __future__ import annotations
@@ -26,43 +25,44 @@ Size = transforms.Size
 
 
 class Predictor(NamedTuple):
-    """What inference asks of a network."""
+    """What inference needs of a network."""
 
     logits: Callable[[Tensor], Tensor]
-    """Normalised images, B x 3 x H x W, to logits, B x K x h x w, at a resolution of its own."""
+    """Normalised images, B x 3 x H x W -> logits, B x K x h x w, at the network's own resolution."""
     num_classes: int
     normalisation: Normalisation
     least_side: int
-    """Pixels; smaller images are padded."""
+    """Smallest side that the network takes, in pixels; smaller images are padded."""
     device: torch.device
 
 
 class View(NamedTuple):
-    """One way to look at the image."""
+    """One test-time augmentation of the image: a scale, flipped or not."""
 
     size: Size
-    """H, W that it is resized to."""
+    """H, W that the image is resized to."""
     mirrored: bool
+    """Whether it is flipped horizontally."""
 
 
 @torch.inference_mode()
 def predict(predictor: Predictor, image_HW3: np.ndarray, config: InferenceConfig, scale: Sequence[int]) -> Tensor:
-    """Probabilities, float32 K x H x W on the predictor's device, averaged over scales and mirror images.
+    """Return the probabilities, float32 K x H x W on the predictor's device, averaged over scales and flips.
 
     image_HW3: uint8 RGB. scale: `data.scale`.
-    (Released code: aug_test; each pass is windows -> logits at the image's size -> softmax -> mirrored back.)
+    (Released code: aug_test; each pass is windows -> logits at the image's size -> softmax -> flipped back.)
     """
     return joined(predict_tiles(predictor, image_HW3, config, scale))
 
 
 @torch.inference_mode()
 def predict_tiles(predictor: Predictor, image_HW3: np.ndarray, config: InferenceConfig, scale: Sequence[int]) -> Tiles:
-    """The same in tiles of TILE pixels, or in one on a GPU."""
+    """Return the same as `predict` in tiles of TILE pixels, or on a GPU in a single tile."""
     return _tiles(predictor, image_HW3, scaled_sizes(image_HW3, config, scale), config)
 
 
 def average(predictor: Predictor, image_HW3: np.ndarray, sizes: Sequence[Size], config: InferenceConfig) -> Tensor:
-    """Mean probabilities, float32 K x H x W, over the image resized to `sizes` (H, W), and over their mirror images."""
+    """Return the mean probabilities, float32 K x H x W, over the image resized to `sizes` (H, W) and over their flips."""
     return joined(_tiles(predictor, image_HW3, sizes, config))
 
 
@@ -79,9 +79,9 @@ def _tiles(predictor: Predictor, image_HW3: np.ndarray, sizes: Sequence[Size], c
 def predict_in_strips(
     predictor: Predictor, image_HW3: np.ndarray, config: InferenceConfig, scale: Sequence[int]
 ) -> Callable[[], Iterator[list[Tensor]]]:
-    """For images too large for `predict_tiles`: a function that gives its rows of tiles, one at a time and in host memory.
+    """Return a function that yields the rows of tiles of `predict_tiles`, one at a time and in host memory, for large images.
 
-    It can be called again; between calls only the network's logits are kept, whose size `data.scale` bounds.
+    The function can be called again; between calls only the network's logits are kept, whose size `data.scale` bounds.
     """
     seen = views(scaled_sizes(image_HW3, config, scale), config)
     made = [part._replace(logits_Krc=part.logits_Krc.cpu()) for part in passes(predictor, image_HW3, seen, config)]
@@ -98,7 +98,7 @@ def predict_in_strips(
 
 
 def slide(predictor: Predictor, x_3HW: Tensor, config: InferenceConfig) -> Tensor:
-    """Logits, float32 K x H x W, of a normalised image: windows, averaged where they overlap."""
+    """Return the logits of a normalised image, float32 K x H x W: those of its windows, averaged where they overlap."""
     view = View((x_3HW.shape[1], x_3HW.shape[2]), mirrored=False)
     logits = _forwards(predictor, _windows(view, x_3HW, config), config.window_batch)
     return logits_of(_side_by_side(predictor, view, logits, view.size, config))
@@ -108,17 +108,19 @@ def slide(predictor: Predictor, x_3HW: Tensor, config: InferenceConfig) -> Tenso
 
 
 def scaled_sizes(image_HW3: np.ndarray, config: InferenceConfig, scale: Sequence[int]) -> list[Size]:
+    """Return the H, W of the image at each of the config's scales."""
     H, W = image_HW3.shape[:2]
     return [transforms.scaled_size(H, W, scale, factor) for factor in config.scales]
 
 
 def views(sizes: Sequence[Size], config: InferenceConfig) -> list[View]:
+    """Return the views of an image at `sizes`: each size, and if `config.flip` also its flip."""
     return [View(size, mirrored) for size in sizes for mirrored in ((False, True) if config.flip else (False,))]
 
 
 def passes(predictor: Predictor, image_HW3: np.ndarray, seen: Iterable[View], config: InferenceConfig) -> Iterator[Pass]:
-    """The image's views through the network, each as soon as all its windows are there; views with windows of one shape follow
-    each other, so that one open view and one batch is all that is held."""
+    """Run the image's views through the network and yield each as soon as all its windows are done. Views with windows of one
+    shape follow each other, so that only one unfinished view and one batch are held."""
     ordered = sorted(seen, key=lambda view: _shape(view.size, config))
 
     def windows() -> Iterator[Tensor]:
@@ -133,12 +135,12 @@ def passes(predictor: Predictor, image_HW3: np.ndarray, seen: Iterable[View], co
 
 
 def _shape(size: Size, config: InferenceConfig) -> Size:
-    """Of windows, pixels."""
+    """Return h, w of the windows of an image of H, W = `size`, in pixels."""
     return min(config.window, size[0]), min(config.window, size[1])
 
 
 def _windows(view: View, x_3HW: Tensor, config: InferenceConfig) -> Iterator[Tensor]:
-    """3 x h x w each, row by row."""
+    """Yield the windows, 3 x h x w each, row by row."""
     h, w = _shape(view.size, config)
     for y in starts(view.size[0], config.window, config.stride):
         for x in starts(view.size[1], config.window, config.stride):
@@ -146,14 +148,14 @@ def _windows(view: View, x_3HW: Tensor, config: InferenceConfig) -> Iterator[Ten
 
 
 def _forwards(predictor: Predictor, windows: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
-    """Each window's logits, float32 K x h x w at the network's resolution, in order."""
+    """Yield the logits of each window, float32 K x h x w at the network's resolution, in order."""
     for _, alike in groupby(windows, key=lambda x_3hw: x_3hw.shape):
         while part := list(islice(alike, batch)):
             yield from forward(predictor, torch.stack(part))
 
 
 def forward(predictor: Predictor, x_B3HW: Tensor) -> Tensor:
-    """Logits, float32 B x K x h x w. A side too small for the network is padded, and the logits are the padded window's."""
+    """Return the logits, float32 B x K x h x w. A side too small for the network is padded; the logits cover the padding too."""
     H, W = x_B3HW.shape[2:]
     return predictor.logits(F.pad(x_B3HW, (0, _padded(W, predictor) - W, 0, _padded(H, predictor) - H))).float()
 
@@ -163,7 +165,7 @@ def _padded(side: int, predictor: Predictor) -> int:
 
 
 def _side_by_side(predictor: Predictor, view: View, logits: Iterator[Tensor], image: Size, config: InferenceConfig) -> Pass:
-    """The next windows of `logits`, which are those of `view`. image: H, W that they are wanted at."""
+    """Return the pass made of the next windows of `logits`, those of `view`. image: H, W to which it will be upsampled."""
     down, across = (starts(side, config.window, config.stride) for side in view.size)
     logits_Krc = torch.cat([torch.cat([next(logits) for _ in across], dim=2) for _ in down], dim=1)
     h, w = _shape(view.size, config)
@@ -173,5 +175,5 @@ def _side_by_side(predictor: Predictor, view: View, logits: Iterator[Tensor], im
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side: every `stride`, the last one moved back so that it ends with the image."""
+    """Return the starts of the windows along a side: every `stride`, with the last one moved back to end with the image."""
     return [min(start, max(length - window, 0)) for start in range(0, max(length - window, 0) + stride, stride)]

@@ -1,4 +1,4 @@
-"""What can be said of pseudo masks without ground truth: do they agree with the seeds, is the network sure, which classes?"""
+"""Statistics of pseudo masks that need no ground truth: agreement with the seeds, entropy, and share of each class."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ EVERY = 20  # masks between two points of a curve
 
 
 class Quality(NamedTuple):
-    """Of one mask."""
+    """Statistics of one mask."""
 
     pixels_K: np.ndarray
-    """int64, how many of each class."""
+    """int64, number of pixels of each class."""
     seeded: int
-    """Pixels with a seed that is not ignored."""
+    """Number of pixels with a seed that is not ignored."""
     agreeing: int
-    """Those of them on which mask and seed agree."""
+    """Number of seeded pixels on which mask and seed agree."""
     entropy: float
-    """Nats, mean over pixels; what belongs to no likely class counts as one class more."""
+    """In nats, mean over pixels; the probability of all unlikely classes together counts as one more class."""
 
 
 def measure(mask_HW: np.ndarray, found: Likely, seed_HW: np.ndarray | None, num_classes: int) -> Quality:
-    """seed_HW: uint8, IGNORE where there is none; null: the image has none at all."""
+    """Return the statistics of one mask. seed_HW: uint8, IGNORE where there is no seed; None: the image has no seed mask."""
     rest_1HW = 1 - found.probs_nHW.sum(0, keepdims=True)
     probs_nHW = np.concatenate([found.probs_nHW, rest_1HW]).clip(1e-12, 1)
     entropy = -float((probs_nHW * np.log(probs_nHW)).sum(0).mean())
@@ -39,15 +39,16 @@ def measure(mask_HW: np.ndarray, found: Likely, seed_HW: np.ndarray | None, num_
 
 
 class Curves:
-    """Of masks in the order in which they are made, to TensorBoard."""
+    """Writes the statistics of masks to TensorBoard, in the order in which the masks are made."""
 
     def __init__(self, folder: Path, made: int) -> None:
-        """made: how many masks there are already; curves go on from there."""
+        """made: number of masks that exist already; the curves continue from there."""
         self._board = SummaryWriter(str(folder), purge_step=made + 1)
         self._step, self._since, self._recent = made, time.perf_counter(), list[Quality]()
         self._begin, self._all = self._since, list[tuple[int, int]]()
 
     def add(self, quality: Quality) -> None:
+        """Add the statistics of the next mask. Every 20 masks are one point of the curves."""
         self._recent.append(quality)
         self._all.append((quality.seeded, quality.agreeing))
         self._step += 1
@@ -55,7 +56,7 @@ class Curves:
             self._write()
 
     def close(self) -> str:
-        """Write the last points; one line about all masks."""
+        """Write the last points, and return one line about all masks."""
         if self._recent:
             self._write()
         self._board.close()
@@ -76,7 +77,7 @@ class Curves:
         self._since, self._recent = now, []
 
     def _classes(self, pixels_K: np.ndarray) -> None:
-        """Share of the pixels a class, as a histogram whose bucket k is class k."""
+        """Write the share of pixels of each class, as a histogram whose bucket k is class k."""
         shares_K, classes_K = pixels_K / pixels_K.sum(), np.arange(len(pixels_K))
         self._board.add_histogram_raw(
             "classes", 0, len(shares_K) - 1, 1.0, float(shares_K @ classes_K), float(shares_K @ classes_K**2),

@@ -1,13 +1,14 @@
-"""Logits of windows -> probabilities at the image's size, tile by tile.
+"""Upsampling of the windows' logits to probabilities at the image's size, tile by tile.
 
-Three steps follow a window's forward: its logits are resized to its own size, averaged where windows overlap, and resized to
-the image's size. Each is linear and works on one axis at a time, and windows form a grid, so all three together are two matrices:
-with all windows' logits side by side in l (r x c cells a class), logits at the image's size are A_rows l A_columns^T. Their
-rows sum to one and have no negative weights: a pixel is a weighted mean of cells, with the same weights for all classes.
+Three steps follow a window's forward pass: its logits are resized to its own size, averaged where windows overlap, and resized
+to the image's size. Each step is linear and separable, and windows form a grid, so that all three together are two matrices: with
+the logits of all windows side by side in l (r x c cells per class), the logits at the image's size are A_rows l A_columns^T. The
+rows of both matrices sum to one and have no negative weights: a pixel is a weighted mean of cells, with the same weights for all
+classes.
 
-So the logsumexp over classes can be subtracted from each cell (a softmax does not notice), and no exponential overflows. They are
-powers of two here: torch makes those about four times as fast as exp (2.13, AVX-512). Each tile's probabilities lie together in
-memory, those of a whole image are more than a CPU's caches hold.
+So the logsumexp over classes can be subtracted from each cell without changing the softmax, and no exponential overflows. Powers
+of two are used, which torch computes about four times as fast as exp (2.13, AVX-512). The probabilities of a tile are contiguous
+in memory; those of a whole image are more than a CPU's caches hold.
 """
 
 from __future__ import annotations
@@ -21,45 +22,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST_SUM = 1e-20
-"""Of powers, that still divides without a loss; a NaN is none either."""
+"""Smallest sum of powers by which dividing is accurate. A NaN does not pass this test either."""
 TILE = 64
-"""Side, pixels, of the squares in which a CPU works: their values stay in its cache."""
+"""Side, in pixels, of the tiles in which a CPU works: their values stay in its cache."""
 WHOLE = 1 << 30
-"""Side of a tile that no image exceeds: a GPU does all at once."""
+"""Side of a tile that no image exceeds: a GPU processes the whole image at once."""
 
 
 class Grid(NamedTuple):
     """One axis of a pass: windows on the scaled image, cells in a window, pixels in the image."""
 
     begins: tuple[int, ...]
-    """Where windows begin, pixels of the scaled image."""
+    """Start of each window, in pixels of the scaled image."""
     window: int
-    """Their side, pixels."""
+    """Side of a window, in pixels."""
     padded: int
-    """Side that the network saw, pixels: at least `window`."""
+    """Side of the padded window that the network saw, in pixels: at least `window`."""
     cells: int
-    """Logits that it gave for it."""
+    """Number of logits along this axis that the network gave for a window."""
     length: int
-    """Side of the image, pixels."""
+    """Side of the image, in pixels."""
     mirrored: bool = False
-    """The scaled image was mirrored along this axis, the logits are wanted unmirrored."""
+    """Whether the scaled image was flipped along this axis; the upsampled logits are flipped back."""
 
 
 Tiles = list[list[Tensor]]
-"""Rows of tiles, float32 K x h x w each: probabilities of an image or of some of its rows."""
+"""Rows of tiles, float32 K x h x w each: the probabilities of an image or of some of its rows."""
 
 
 class Span(NamedTuple):
     """Part of an axis: the pixels of one tile."""
 
     reach: slice
-    """From the first cell that they are means of to the last, counted over all windows."""
+    """The cells that these pixels depend on, counted over all windows."""
     weights_pr: Tensor
     """float32, pixels x cells in reach."""
 
 
 class Pass(NamedTuple):
-    """The logits of all windows of one scaled and perhaps mirrored image."""
+    """The logits of all windows of one scaled and possibly flipped image."""
 
     logits_Krc: Tensor
     """float32; cells of all windows side by side."""
@@ -68,13 +69,13 @@ class Pass(NamedTuple):
 
 
 def interpolation(cells: int, length: int) -> Tensor:
-    """float64 length x cells, the weights of `F.interpolate` (bilinear, align_corners false) along an axis."""
+    """Return the weights of `F.interpolate` (bilinear, align_corners=False) along an axis, float64 length x cells."""
     return F.interpolate(torch.eye(cells, dtype=torch.float64)[None], size=length, mode="linear")[0].T
 
 
 @lru_cache(maxsize=256)
 def spans(grid: Grid, tile: int, device: torch.device) -> tuple[Span, ...]:
-    """The axis in parts of `tile` pixels."""
+    """Return the axis in parts of `tile` pixels; the last one may be shorter."""
     scaled = grid.begins[-1] + grid.window
     one_window_wc = interpolation(grid.cells, grid.padded)[: grid.window]
     all_windows_sc = torch.zeros(scaled, len(grid.begins) * grid.cells, dtype=torch.float64)
@@ -93,29 +94,29 @@ def spans(grid: Grid, tile: int, device: torch.device) -> tuple[Span, ...]:
 
 
 def upsample(logits_Krc: Tensor, rows: Span, columns: Span) -> Tensor:
-    """Logits at the pixels of `rows` and `columns`, from those of all cells: K x h x w."""
+    """Return the logits at the pixels of `rows` and `columns`, float32 K x h x w, from those of all cells."""
     return rows.weights_pr @ logits_Krc[:, rows.reach, columns.reach] @ columns.weights_pr.T
 
 
 def logits_of(part: Pass) -> Tensor:
-    """float32 K x H x W, all classes everywhere."""
+    """Return the logits of all classes at the image's size, float32 K x H x W."""
     (rows,), (columns,) = (spans(grid, WHOLE, part.logits_Krc.device) for grid in (part.rows, part.columns))
     return upsample(part.logits_Krc, rows, columns)
 
 
 def blank(num_classes: int, H: int, W: int, tile: int, device: torch.device) -> Tiles:
-    """Zeros."""
+    """Return tiles of zeros for an H x W image."""
     heights, widths = ([min(tile, side - first) for first in range(0, side, tile)] for side in (H, W))
     return [[torch.zeros(num_classes, h, w, device=device) for w in widths] for h in heights]
 
 
 def joined(tiles: Tiles) -> Tensor:
-    """K x H x W."""
+    """Return the tiles as one tensor, float32 K x H x W."""
     return torch.cat([torch.cat(row, dim=2) for row in tiles], dim=1)
 
 
 def add_probabilities(total: Tiles, part: Pass, weight: float, tile: int, first: int = 0) -> None:
-    """Add `weight` times the pass' class probabilities to `total`, the rows of tiles from number `first` on."""
+    """Add `weight` times the class probabilities of a pass to `total`, which holds the rows of tiles from number `first` on."""
     device = part.logits_Krc.device
     rows, columns = (spans(grid, tile, device) for grid in (part.rows, part.columns))
     if tile == WHOLE:
@@ -129,6 +130,6 @@ def add_probabilities(total: Tiles, part: Pass, weight: float, tile: int, first:
             sum_hw = powers_Khw.sum(0)
             if float(sum_hw.min()) >= SMALLEST_SUM:
                 total_Khw.addcmul_(powers_Khw, weight / sum_hw)
-            else:  # cells beside each other are sure of different classes, or hold a NaN
+            else:  # neighbouring cells are certain of different classes, or hold a NaN
                 logits_Khw = (binary_Khc[:, :, column.reach] @ column.weights_pr.T).mul_(math.log(2))
                 total_Khw.add_(logits_Khw.softmax(0), alpha=weight)

@@ -1,4 +1,4 @@
-"""Writing masks: network -> likely classes -> dense CRF -> KEY.png, for all samples of a part of a shard set."""
+"""Writing masks: network -> likely classes -> dense CRF -> KEY.png, for all samples in part of a shard set."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Unfinished(NamedTuple):
-    """An image after the network: what a worker needs to run the CRF and write the files."""
+    """An image after the network's forward pass: what a worker needs to run the CRF and write the files."""
 
     sample: DecodedSample
     found: Likely
@@ -42,14 +42,14 @@ def predict_mask(predictor: Predictor, sample: DecodedSample, settings: MaskSett
 
 
 def mask_of(found: Likely, image_HW3: np.ndarray, config: CrfConfig | None) -> np.ndarray:
-    """Return the mask, uint8 H x W of class indices, after the dense CRF unless `config` is None. image_HW3: uint8 RGB."""
+    """Return the mask, uint8 H x W of class indices, after a dense CRF unless `config` is None. image_HW3: uint8 RGB."""
     if config is None:
         return found.classes_n[found.probs_nHW.argmax(0)].astype(np.uint8)
     return found.classes_n[crf.refine(found.probs_nHW, image_HW3, config)].astype(np.uint8)
 
 
 def finish(work: Unfinished) -> Quality:
-    """Write the files of one image. The mask comes last: where it exists, the image is done. Raises OSError naming the file."""
+    """Write the files of one image. The mask comes last: if it exists, the image is done. Raises OSError naming the file."""
     sample, inference = work.sample, work.settings.inference
     mask_HW = mask_of(work.found, sample.image, inference.crf)
     if inference.soft:
@@ -67,11 +67,10 @@ def write_masks(
     curves: Curves,
     workers: WorkerPool,
 ) -> None:
-    """Write KEY.png of every sample into `out`; a mask that exists is left alone.
+    """Write KEY.png of every sample into `out`; an existing mask is left unchanged.
 
-    The network runs here. `workers` receive the likely classes alone, run the CRF and write the files, while the network
-    computes the next image. On a CPU as many images are in flight as there are workers, each on one core from the network to
-    its files.
+    The network runs in this process. The workers get only the likely classes, run the CRF and write the files while the network
+    computes the next image. On a CPU, one image per worker is in progress, each on one core from the network to its files.
     """
     inference, unlabelled = settings.inference, list[str]()
 
@@ -95,7 +94,7 @@ def write_masks(
         curves.add(quality)
     if unlabelled:
         some = ", ".join(unlabelled[:10]) + (", ..." if len(unlabelled) > 10 else "")
-        _log.warning("%d images have no label, so their masks are background alone: %s", len(unlabelled), some)
+        _log.warning("%d images have no label, so their masks are only background: %s", len(unlabelled), some)
 
 
 def write_part(
@@ -107,10 +106,10 @@ def write_part(
     out: Path,
     tensorboard: Path,
 ) -> None:
-    """Write the masks of the shards `part` ("A:B", None: all) of a set into `out`; masks that exist are left alone.
+    """Write the masks of the shards `part` ("A:B", None: all) of a set into `out`; existing masks are left unchanged.
 
-    load_predictor: called only if a mask is missing; the network with the weights in the file `weights`. tensorboard: folder
-    of the curves. Raises UserError when `out` holds other masks or the weights give no finite numbers.
+    load_predictor: returns the network with the weights in the file `weights`; called only if a mask is missing. tensorboard:
+    folder of the curves. Raises UserError when `out` holds other masks or when the weights give NaN or infinite values.
     """
     entries = select_shards(index, part)
     mask_folder.open_for_writing(out, settings, weights)

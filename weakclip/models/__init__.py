@@ -1,1 +1,1 @@
-"""What is WeakCLIP? The frozen CLIP, what is trained around it, its losses, its files, and the interface training asks for."""
+"""What is WeakCLIP? The frozen CLIP, the modules trained around it, losses, files, and the interface that training needs."""

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 
 class Doubling(nn.ConvTranspose2d):
-    """2x2 transposed convolution of stride 2: both sides of a map are doubled."""
+    """2x2 transposed convolution of stride 2, which doubles both sides of a map."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, kernel_size=2, stride=2)
 
     def forward(self, x_BDhw: Tensor, then: tuple[Tensor, Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """B x D x 2h x 2w; `then`: weight, O x D, and bias, O, of a 1x1 convolution after it: B x O x 2h x 2w.
+        """Return B x D x 2h x 2w. With `then`, weight O x D and bias O of a 1x1 convolution that follows, B x O x 2h x 2w.
 
-        Two linear maps are one: the kernel is convolved instead of the map, four times as large, which is never made.
+        The two linear maps are merged: the kernel is convolved instead of the map, so the intermediate map, which is four times
+        as large, is not materialised.
         """
         if then is None:
             return super().forward(x_BDhw)
@@ -30,7 +31,7 @@ class Doubling(nn.ConvTranspose2d):
 
 
 class Level(NamedTuple):
-    """One map of the pyramid, as it is before a last doubling, if it has one."""
+    """One map of the pyramid, before its last doubling if it has one."""
 
     features_BDhw: Tensor
     doubling: Doubling | None = None
@@ -41,7 +42,7 @@ class Level(NamedTuple):
         return self.features_BDhw if self.doubling is None else self.doubling(self.features_BDhw)
 
     def convolved(self, weight_OD: Tensor, bias_O: Tensor) -> Tensor:
-        """A 1x1 convolution of the map, B x O x H x W."""
+        """Return a 1x1 convolution of the map, B x O x H x W."""
         if self.doubling is None:
             return F.conv2d(self.features_BDhw, weight_OD[:, :, None, None], bias_O)
         return self.doubling(self.features_BDhw, (weight_OD, bias_O))
@@ -59,7 +60,7 @@ class _Doubled(nn.Sequential):
 
 
 class PyramidAdapter(nn.Module):
-    """Strides are for patch 16; with patch 14 they are 3.5, 7, 14 and 28. (Paper, section 3.2; released code: fpn1..fpn4.)"""
+    """The adapter (paper, section 3.2; released code: fpn1..fpn4). With patch 14 the strides are 3.5, 7, 14 and 28."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -70,6 +71,6 @@ class PyramidAdapter(nn.Module):
         self.level4 = nn.Sequential(nn.GroupNorm(1, width), nn.MaxPool2d(kernel_size=2, stride=2))
 
     def forward(self, taps_BDhw: Sequence[Tensor]) -> list[Level]:
-        """Four maps B x D x h x w -> the levels of B x D x (4h, 2h, h, h/2) x the same of w."""
+        """Return the levels of four maps B x D x h x w: B x D x (4h, 2h, h, h/2) x (4w, 2w, w, w/2)."""
         first, second, third, fourth = taps_BDhw
         return [self.level1(first), self.level2(second), Level(self.level3(third)), Level(self.level4(fourth))]

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def attention_weights(normed_BTD: Tensor, weight_DD: Tensor, bias_D: Tensor, heads: int) -> Tensor:
-    """How much token t (row) takes from each token, B x T x T, the mean over heads; rows sum to 1.
+    """Return how much token t (row) attends to each token, B x T x T, the mean over heads; rows sum to 1.
 
-    weight_DD, bias_D: of the linear layer that gives queries, keys and values, one below the other, 3 D rows.
+    weight_DD, bias_D: those of the linear layer for queries, keys and values, stacked in 3 D rows.
     """
     D = normed_BTD.shape[2]
     qk_BT2D = F.linear(normed_BTD, weight_DD[: 2 * D], bias_D[: 2 * D])  # the last D rows are for the values

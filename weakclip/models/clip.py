@@ -1,4 +1,4 @@
-"""open_clip -> a frozen vision tower with taps and a frozen text tower with room for prompts.
+"""The frozen CLIP, from open_clip: a vision tower with taps and a text tower with room for prompts.
 
 B images, K classes, L tokens, N prompts, D width, E joint embedding, h x w token grid.
 """
@@ -18,14 +18,18 @@ from weakclip.models.pretrained import load_clip, open_clip
 
 
 class VisionFeatures(NamedTuple):
+    """What the vision tower returns."""
+
     taps: list[Tensor]
-    """Four maps, B x D x h x w, patch tokens only."""
+    """Four maps, B x D x h x w, of the patch tokens only."""
     global_BE: Tensor
+    """Joint embedding of the class token."""
     visual_BEhw: Tensor
+    """Joint embeddings of the patch tokens."""
 
 
 class VisionTower(nn.Module):
-    """A CLIP ViT that is tapped at four depths. None of its parameters needs a gradient, so nothing is kept for backward."""
+    """A CLIP ViT that is tapped at four depths. No parameter needs a gradient, so nothing is stored for the backward pass."""
 
     def __init__(self, visual: Any, config: ClipConfig) -> None:
         super().__init__()
@@ -44,7 +48,7 @@ class VisionTower(nn.Module):
         self.drop_paths = tuple(config.drop_path * index / max(depth - 1, 1) for index in range(depth))
 
     def forward(self, images_B3HW: Tensor, drop_path: bool = False) -> VisionFeatures:
-        """Features of normalised images whose sides are multiples of the patch. `drop_path`: stochastic depth is active."""
+        """Return the features of normalised images whose sides are multiples of the patch. drop_path: stochastic depth is on."""
         h, w = (side // self.patch for side in images_B3HW.shape[2:])
         x_BLD = self.embed(images_B3HW)
         taps = []
@@ -56,7 +60,7 @@ class VisionTower(nn.Module):
         return VisionFeatures(taps, joint_BLE[:, 0], _to_map(joint_BLE[:, 1:], h, w))
 
     def embed(self, images_B3HW: Tensor) -> Tensor:
-        """The tokens that enter the first block, B x (1 + h x w) x D: the class token, then the patches row by row."""
+        """Return the tokens that enter the first block, B x (1 + h x w) x D: the class token, then the patches row by row."""
         patches_BDhw = self.conv1(images_B3HW)
         B, D, h, w = patches_BDhw.shape
         positions_LD = resize_positions(self.positional_embedding, (h, w))
@@ -66,14 +70,14 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """A CLIP text transformer over [start] prompts name [end]. Frozen, but the prompts' gradient flows through it."""
+    """A CLIP text transformer over [start] prompts name [end]. It is frozen, but the prompts' gradient flows through it."""
 
     def __init__(self, clip: Any, length: int) -> None:
         super().__init__()
         if length > clip.positional_embedding.shape[0]:
             raise ConfigError(
-                f"clip.name_tokens + prompts.length is {length}, or a text of cam.prompts so long, but this CLIP reads at most "
-                f"{clip.positional_embedding.shape[0]} tokens; lower one of them"
+                f"clip.name_tokens + prompts.length, or a text of cam.prompts, has {length} tokens, but this CLIP reads at most "
+                f"{clip.positional_embedding.shape[0]}; lower one of them"
             )
         self.token_embedding, self.ln_final = clip.token_embedding, clip.ln_final
         self.text_projection: nn.Parameter = clip.text_projection
@@ -82,7 +86,7 @@ class TextTower(nn.Module):
         self.width = int(self.ln_final.normalized_shape[0])
 
     def forward(self, names_KL: Tensor, prompts_ND: Tensor) -> Tensor:
-        """Class embeddings, K x E. names_KL: token ids [start, name..., end, 0...]."""
+        """Return the class embeddings, K x E. names_KL: token ids [start, name..., end, 0...]."""
         K, N = names_KL.shape[0], prompts_ND.shape[0]
         names_KLD = self.token_embedding(names_KL)
         x_KLD = torch.cat([names_KLD[:, :1], prompts_ND.expand(K, -1, -1).to(names_KLD.dtype), names_KLD[:, 1:]], dim=1)
@@ -94,7 +98,7 @@ class TextTower(nn.Module):
 
 
 class FrozenClip(nn.Module):
-    """Both towers of a CLIP, none of whose parameters needs a gradient."""
+    """Both towers of a CLIP. No parameter needs a gradient."""
 
     def __init__(self, config: ClipConfig, prompts: int) -> None:
         super().__init__()
@@ -106,19 +110,19 @@ class FrozenClip(nn.Module):
         self.text = TextTower(clip, config.name_tokens + prompts)
         self.embedding = int(self.vision.proj.shape[1])
         self.logit_scale: Tensor
-        """What CLIP was trained to multiply the cosine of image and text by, before its softmax; CAMs alone use it."""
+        """Factor on the cosine of image and text before CLIP's softmax, as trained; only CAMs use it."""
         self.register_buffer("logit_scale", clip.logit_scale.detach().exp(), persistent=False)
         vision_cfg = {**clip.architecture["vision_cfg"], "image_size": config.image_size}
         text_cfg = {**clip.architecture["text_cfg"], "context_length": len(self.text.positional_embedding)}
         self.architecture = {**clip.architecture, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
-        """open_clip's model_cfg of these towers, their position embeddings as large as they are here."""
+        """open_clip's model_cfg of these towers, with the sizes that their position embeddings have here."""
         self.requires_grad_(False).eval()
 
 
 def tokenize(names: Sequence[str], length: int | None = None) -> Tensor:
-    """Token ids, int64 K x `length` (None: that of the longest): start, name, end, zeros.
+    """Return token ids, int64 K x `length` (None: that of the longest): start, name, end, zeros.
 
-    Raises ConfigError for a name that does not fit; it is never cut.
+    Raises ConfigError for a name that does not fit; names are never truncated.
     """
     tokenizer = open_clip.SimpleTokenizer()
     start, end = [tokenizer.sot_token_id], [tokenizer.eot_token_id]
@@ -133,13 +137,13 @@ def tokenize(names: Sequence[str], length: int | None = None) -> Tensor:
 
 
 def _run(block: Any, x_BLD: Tensor, drop_path: float = 0.0, causal: bool = False) -> Tensor:
-    """One of open_clip's residual blocks, with stochastic depth in both branches."""
+    """Run one of open_clip's residual blocks, with stochastic depth in both branches."""
     x_BLD = x_BLD + _drop_path(block.ls_1(_attend(block.attn, block.ln_1(x_BLD), causal)), drop_path)
     return x_BLD + _drop_path(block.ls_2(block.mlp(block.ln_2(x_BLD))), drop_path)
 
 
 def _attend(attention: nn.MultiheadAttention, x_BLD: Tensor, causal: bool) -> Tensor:
-    """What `attention` gives. It would see tokens as L x B x D, which torch multiplies by the weights in L small products."""
+    """Return the output of `attention`. Calling the module would use tokens as L x B x D, which makes L small matrix products."""
     qkv_BL3D = F.linear(x_BLD, attention.in_proj_weight, attention.in_proj_bias)
     q_BHLd, k_BHLd, v_BHLd = qkv_BL3D.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     mixed_BLD = F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, is_causal=causal).transpose(1, 2).flatten(2)
@@ -151,7 +155,7 @@ def _to_map(tokens_BLD: Tensor, h: int, w: int) -> Tensor:
 
 
 def _drop_path(branch_BLD: Tensor, rate: float) -> Tensor:
-    """Stochastic depth: a sample's branch is dropped with probability `rate`, the others' scaled to keep the mean."""
+    """Apply stochastic depth: drop a sample's branch with probability `rate`, and scale the others to keep the mean."""
     if rate == 0.0:
         return branch_BLD
     keep_B11 = torch.empty(branch_BLD.shape[0], 1, 1, device=branch_BLD.device).bernoulli_(1 - rate)

@@ -13,6 +13,7 @@ from weakclip.models.adapter import Level
 
 
 def resize(x_BCHW: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """Return maps resized bilinearly to H, W = `size`."""
     if x_BCHW.shape[2:] == tuple(size):
         return x_BCHW
     return F.interpolate(x_BCHW, size=tuple(size), mode="bilinear", align_corners=align_corners)
@@ -24,10 +25,10 @@ def _conv_norm_relu(in_channels: int, channels: int) -> nn.Sequential:
 
 
 class Lateral(nn.Conv2d):
-    """1x1 convolution of a level's map and the score map beside it, resized to it.
+    """1x1 convolution of a level's map, concatenated with the score map resized to it.
 
-    Each has its own columns of the weight. The level's are applied before its last doubling (see there), the scores' before
-    they are resized: a resize does the same to each channel, so a mixture of channels can come first.
+    Each of the two has its own columns of the weight. Those of the level are applied before its last doubling (see Doubling),
+    those of the scores before the scores are resized: resizing treats all channels alike, so channels can be mixed first.
     """
 
     def __init__(self, in_channels: int, channels: int, align_corners: bool) -> None:
@@ -35,7 +36,7 @@ class Lateral(nn.Conv2d):
         self.align_corners = align_corners
 
     def forward(self, level: Level, scores_BKhw: Tensor | None) -> Tensor:  # type: ignore[override]
-        """B x `channels` x the level's H x W; scores_BKhw: the other input channels, if there are more than the level's."""
+        """Return B x `channels` x H x W. scores_BKhw: the other input channels, if there are more than the level's."""
         assert self.bias is not None
         D = level.features_BDhw.shape[1]
         x_BOHW = level.convolved(self.weight[:, :D, 0, 0], self.bias)
@@ -45,7 +46,7 @@ class Lateral(nn.Conv2d):
 
 
 class Fpn(nn.Module):
-    """1x1 lateral convs, top-down by nearest upsampling and addition, 3x3 convs; no norm, no activation."""
+    """1x1 lateral convs, a top-down path of nearest upsampling and addition, and 3x3 convs; no norm and no activation."""
 
     def __init__(self, in_channels: int, channels: int, align_corners: bool, levels: int = 4) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class Fpn(nn.Module):
 
 
 class FpnHead(nn.Module):
-    """Level i: max(1, i) times [conv, norm, ReLU, then x2 upsampling unless i is 0]; summed at the finest level."""
+    """Semantic-FPN head. Level i: max(1, i) times [conv, norm, ReLU, then x2 upsampling unless i is 0]; the levels are summed."""
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float, levels: int = 4) -> None:
         super().__init__()
@@ -83,15 +84,15 @@ class FpnHead(nn.Module):
 
 
 class TextGuidedDecoder(nn.Module):
-    """Paper, section 3.4; released code: FPN neck and FPNHead on features with the score map concatenated."""
+    """The decoder (paper, section 3.4; released code: FPN neck and FPNHead on features with the score map concatenated)."""
 
     def __init__(self, width: int, num_names: int, num_classes: int, config: DecoderConfig) -> None:
-        """`num_names`: channels of the score map; `num_classes`: of the logits."""
+        """num_names: channels of the score map. num_classes: channels of the logits."""
         super().__init__()
         self.score_map = config.score_map
         self.neck = Fpn(width + num_names * self.score_map, config.fpn_channels, config.align_corners)
         self.head = FpnHead(config.fpn_channels, config.head_channels, num_classes, config.dropout)
 
     def forward(self, pyramid: Sequence[Level], scores_BKhw: Tensor) -> Tensor:
-        """Logits at the finest level's resolution, B x K x 4h x 4w."""
+        """Return logits at the finest level's resolution, B x K x 4h x 4w."""
         return self.head(self.neck(pyramid, scores_BKhw if self.score_map else None))

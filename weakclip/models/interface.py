@@ -1,4 +1,4 @@
-"""The interface that the training loop asks of a network; WeakCLIP and the wrappers of weakclip.networks implement it."""
+"""The interface that the training loop needs of a network; WeakCLIP and the wrappers of weakclip.networks implement it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from weakclip.masks.sliding_window import Predictor
 
 
 class Targets(NamedTuple):
-    """What a batch is trained towards, on the device."""
+    """The targets of a batch, on the device."""
 
     images_B3HW: Tensor
-    """The network's input."""
+    """The network's input: normalised images."""
     seeds_BHW: Tensor
     """int64, class indices and 255."""
     labels_BK: Tensor
@@ -24,7 +24,7 @@ class Targets(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Parameters that share their optimiser's settings."""
+    """Parameters that share optimizer settings."""
 
     parameters: list[nn.Parameter]
     lr: float
@@ -32,27 +32,27 @@ class Group(NamedTuple):
 
 
 class Trained(nn.Module, ABC):
-    """A network that the loop can train."""
+    """A network that the training loop can train."""
 
     normalisation: Normalisation
 
     @property
     def frozen(self) -> int:
-        """How many parameters it holds beside the module's own, which nothing trains, shards or saves."""
+        """Number of parameters kept outside the module tree, which are never trained, sharded or saved."""
         return 0
 
     def twin(self) -> Trained:
-        """A copy that shares what is frozen."""
+        """Return a copy that shares the frozen parameters."""
         return copy.deepcopy(self)
 
     def predictor(self) -> Predictor:
-        """For inference, of networks that segment; see weakclip.masks.sliding_window."""
+        """Return the network for inference, if it segments images; see weakclip.masks.sliding_window."""
         raise NotImplementedError(f"{type(self).__name__} does not segment")
 
     @abstractmethod
     def losses(self, output: Any, targets: Targets) -> dict[str, Tensor]:
-        """Of what `forward` gave for `targets.images_B3HW`, by name; their sum is what is minimised."""
+        """Return the losses of `output`, which `forward` gave for `targets.images_B3HW`, by name; their sum is minimised."""
 
     def groups(self) -> list[Group]:
-        """All parameters that are trained."""
+        """Return all trained parameters, in groups."""
         return [Group([parameter for parameter in self.parameters() if parameter.requires_grad], 1.0)]

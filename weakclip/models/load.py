@@ -1,4 +1,4 @@
-"""A trained WeakCLIP from its file: a run's trainable part, or a converted checkpoint that brings its own CLIP."""
+"""Loading a trained WeakCLIP from its file: a run's trainable part, or a converted checkpoint that contains its own CLIP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weakclip.checkpoints.weights import OTHER_CONFIG, to_inference
 from weakclip.config import Config, ConfigError
 from weakclip.models.weakclip import WeakCLIP
 
-# Metadata of a converted file (weakclip.models.released), JSON lists of names.
+# Metadata of a converted file (weakclip.models.released): JSON lists of names.
 CLASSES, EXTRA_NAMES = "classes", "extra_names"
 
 _log = logging.getLogger(__name__)
@@ -21,14 +21,14 @@ _log = logging.getLogger(__name__)
 def load_weakclip(config: Config, path: Path) -> WeakCLIP:
     """Return the config's model with the weights in `path`, in evaluation mode, on the GPU if there is one.
 
-    Raises ArchiveError when they are unreadable, ConfigError when they are not this model's: other classes, another CLIP,
-    missing or unexpected tensors.
+    Raises ArchiveError when they cannot be read, UserError for other classes, and ConfigError when they do not fit this model:
+    another number of classes, another CLIP, missing or unexpected tensors.
     """
     names = labels.class_names(config.classes)
     archive = weight_files.read(path)
     tensors = archive.tensors
     if "backbone.class_embedding" in tensors:
-        raise ConfigError(f"{path}: in the released layout; first run: weakclip convert {path} OUT.safetensors")
+        raise ConfigError(f"{path}: is in the released layout; first run weakclip convert {path} OUT.safetensors")
     if (made_for := weight_files.json_of(archive, CLASSES, path)) is not None:
         labels.require_same(names, made_for, str(path))
     if any(name.startswith("clip.") for name in tensors):
@@ -48,7 +48,7 @@ def load_weakclip(config: Config, path: Path) -> WeakCLIP:
 
 def _with_its_own_clip(config: Config, path: Path, extra_names: list[str]) -> Config:
     if config.clip.pretrained != str(path):
-        _log.warning("%s contains its own CLIP; clip.pretrained (%s) is not read", path, config.clip.pretrained)
+        _log.warning("%s contains its own CLIP; clip.pretrained (%s) is ignored", path, config.clip.pretrained)
     return replace(
         config,
         clip=replace(config.clip, model=None, pretrained=str(path)),

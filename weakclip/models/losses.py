@@ -26,16 +26,16 @@ from weakclip.registry import LOSSES
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the losses of one batch are computed from. weakclip.registry.LOSSES lists the functions that take it."""
+    """The inputs of the losses of one batch. weakclip.registry.LOSSES lists the functions that take it."""
 
     logits_BKhw: Tensor
     """The decoder's output."""
     scores_BKhw: Tensor
-    """The score map, -1..1."""
+    """The score map, in -1..1."""
     seeds_BHW: Tensor
     """int64 at the image's size: class indices and 255."""
     images_B3HW: Tensor
-    """Normalised."""
+    """Normalised images."""
     config: LossConfig
     normalisation: Normalisation = IMAGENET
 
@@ -46,7 +46,7 @@ class LossInputs:
 
 
 def weighted_losses(inputs: LossInputs) -> dict[str, Tensor]:
-    """Return the losses with a positive `loss.weights`, by name, each times its weight; their sum is what is minimised."""
+    """Return the losses with a positive weight in `loss.weights`, by name, each times its weight; their sum is minimised."""
     weights = {name: inputs.config.weights.get(name, 0.0) for name in LOSSES}
     return {name: weights[name] * registry.load(path)(inputs) for name, path in LOSSES.items() if weights[name]}
 
@@ -57,7 +57,7 @@ def seeding(inputs: LossInputs) -> Tensor:
 
 
 def boundary(inputs: LossInputs) -> Tensor:
-    """Return the divergence of the network's probabilities from what a dense CRF makes of them, a scalar; see `boundary_loss`."""
+    """Return the divergence of the network's probabilities from a dense CRF's output on them, a scalar; see `boundary_loss`."""
     config, probs_BKGG = inputs.config, inputs.grid.probs_BKGG
     images_BGG3 = crf_images(inputs.images_B3HW, config.grid, inputs.normalisation, config.truncate_image)
     return boundary_loss(probs_BKGG, boundary_target(probs_BKGG.detach(), images_BGG3), config.ratio_clamp)
@@ -69,13 +69,15 @@ def auxiliary(inputs: LossInputs) -> Tensor:
 
 
 class OnGrid(NamedTuple):
+    """Logits, probabilities and seeds (int64) on the grid of `loss.grid`."""
+
     logits_BKGG: Tensor
     probs_BKGG: Tensor
     seeds_BGG: Tensor
 
 
 def on_grid(logits_BKhw: Tensor, seeds_BHW: Tensor, config: LossConfig) -> OnGrid:
-    """Logits, probabilities and seeds at the resolution of the seeding and the boundary loss."""
+    """Return logits, probabilities and seeds at the resolution of the seeding and the boundary loss."""
     odd = all(side % 2 for side in config.grid)
     logits_BKGG = resize(logits_BKhw.float(), config.grid, odd if config.align_corners is None else config.align_corners)
     probs_BKGG = logits_BKGG.softmax(1) + 1e-7
@@ -84,7 +86,7 @@ def on_grid(logits_BKhw: Tensor, seeds_BHW: Tensor, config: LossConfig) -> OnGri
 
 
 def seeding_loss(probs_BKGG: Tensor, seeds_BGG: Tensor, balance: bool) -> Tensor:
-    """Cross-entropy on seeded pixels; `balance` averages background and foreground apart, image by image, and adds them."""
+    """Return the cross-entropy on seeded pixels. balance: average background and foreground separately per image and add them."""
     seeded_BGG = seeds_BGG != IGNORE
     target_B1GG = seeds_BGG.where(seeded_BGG, seeds_BGG.new_zeros(()))[:, None]
     nll_BGG = -probs_BKGG.log().gather(1, target_B1GG)[:, 0]
@@ -98,7 +100,7 @@ def seeding_loss(probs_BKGG: Tensor, seeds_BGG: Tensor, balance: bool) -> Tensor
 
 
 def boundary_loss(probs_BKGG: Tensor, target_BKGG: Tensor, ratio_clamp: Sequence[float] | None) -> Tensor:
-    """KL divergence from the target psi to p, its ratio psi / p clamped to `ratio_clamp` (no gradient outside)."""
+    """Return the KL divergence from the target psi to p, with psi / p clamped to `ratio_clamp` (no gradient outside)."""
     ratio_BKGG = target_BKGG / probs_BKGG
     if ratio_clamp:
         ratio_BKGG = ratio_BKGG.clamp(*ratio_clamp)
@@ -106,15 +108,15 @@ def boundary_loss(probs_BKGG: Tensor, target_BKGG: Tensor, ratio_clamp: Sequence
 
 
 def crf_images(images_B3HW: Tensor, grid: Sequence[int], normalisation: Normalisation, truncate: bool) -> np.ndarray:
-    """The normalised images as uint8 RGB, B x GG x 3: what the boundary loss' CRF sees. (Released code: dgcn_crf_operation.)"""
-    # Published: corner-aligned sampling and truncation. Truncation makes the last bit matter, hence the double.
+    """Return the images that the boundary loss' CRF sees, uint8 RGB B x GG x 3. (Released code: dgcn_crf_operation.)"""
+    # Published: corner-aligned sampling and truncation. With truncation the last bit matters, hence float64.
     small_B3GG = normalisation.undo(resize(images_B3HW.double(), grid, align_corners=True).float())
     small_B3GG = small_B3GG if truncate else small_B3GG.round()
     return small_B3GG.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def boundary_target(probs_BKGG: Tensor, images_BGG3: np.ndarray) -> Tensor:
-    """psi, B x K x G x G: mean field of p (floored at 1e-4) on the images, floored and renormalised."""
+    """Return psi, B x K x G x G: the mean-field marginals of p (floored at 1e-4) on the images, floored and renormalised."""
     floored_BKGG = probs_BKGG.float().clamp(min=1e-4).cpu().numpy()
     psi_BKGG = np.stack([dense_crf(p, image, BOUNDARY) for p, image in zip(floored_BKGG, images_BGG3, strict=True)])
     target_BKGG = torch.from_numpy(psi_BKGG).to(probs_BKGG).clamp(min=1e-4)
@@ -122,6 +124,6 @@ def boundary_target(probs_BKGG: Tensor, images_BGG3: np.ndarray) -> Tensor:
 
 
 def auxiliary_loss(scores_BKhw: Tensor, seeds_BHW: Tensor, tau: float) -> Tensor:
-    """Cross-entropy of the score map / tau at the seeds' size. The mean is over all pixels; ignored ones count as zero."""
+    """Return the cross-entropy of the score map / tau at the seeds' size: a mean over all pixels, where ignored ones are zero."""
     logits_BKHW = resize(scores_BKhw.float() / tau, seeds_BHW.shape[1:])
     return F.cross_entropy(logits_BKHW, seeds_BHW, ignore_index=IGNORE, reduction="sum") / seeds_BHW.numel()

@@ -1,6 +1,6 @@
-"""Co-attention matching: texts and pixels look at each other, then meet in a score map.
+"""Co-attention matching: texts and pixels attend to each other, then their cosine similarities form a score map.
 
-B images, K classes, E joint embedding, D width inside, M = 1 + h * w visual tokens.
+B images, K classes, E joint embedding, D inner width, M = 1 + h * w visual tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from weakclip.config import MatchingConfig
 
 
 class Attention(nn.Module):
+    """Multi-head attention from `query_BLD` to `memory_BMD`."""
+
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
@@ -32,7 +34,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm self-attention, cross-attention (the memory is not normed again), MLP."""
+    """Pre-norm self-attention, cross-attention (the memory is not normalised again) and MLP."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -51,7 +53,7 @@ class Layer(nn.Module):
 
 
 class Branch(nn.Module):
-    """Layers in which one side queries the other, and the way back to the joint embedding."""
+    """Layers in which one side queries the other, and a projection back to the joint embedding."""
 
     def __init__(self, embedding: int, config: MatchingConfig) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class Branch(nn.Module):
         self.layers = nn.ModuleList(Layer(config.width, config.heads, config.dropout) for _ in range(config.layers))
         self.out = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, embedding))
         if not config.chained:
-            # Published: every layer reads the same input, so only the last one has an effect. The others stay, untouched,
+            # Published: every layer reads the same input, so only the last one has an effect. The others are kept, untrained,
             # because released checkpoints hold them.
             self.layers[:-1].requires_grad_(False)
 
@@ -70,7 +72,7 @@ class Branch(nn.Module):
 
 
 class CoAttentionMatching(nn.Module):
-    """Paper, section 3.3; released code: ContextDecoder with its `anti` branch."""
+    """Co-attention matching (paper, section 3.3; released code: ContextDecoder with its `anti` branch)."""
 
     def __init__(self, embedding: int, config: MatchingConfig) -> None:
         super().__init__()
@@ -86,15 +88,15 @@ class CoAttentionMatching(nn.Module):
             self.requires_grad_(False)
 
     def forward(self, text_KE: Tensor, global_BE: Tensor, visual_BEhw: Tensor) -> Tensor:
-        """Score map lambda, B x K x h x w: cosine of every pixel with every class, in -1..1."""
+        """Return the score map lambda, B x K x h x w: the cosine similarity of every pixel and every class, in -1..1."""
         text_BKE, pixels_BLE = self.attend(text_KE, global_BE, visual_BEhw)
-        # In full precision: the auxiliary loss divides by 0.07, which would make bf16's rounding of a cosine plain.
+        # In full precision: the auxiliary loss divides by 0.07, which would amplify bf16's rounding of a cosine.
         with torch.autocast(pixels_BLE.device.type, enabled=False):
             scores_BKL = F.normalize(text_BKE.float(), dim=-1) @ F.normalize(pixels_BLE.float(), dim=-1).transpose(1, 2)
         return scores_BKL.unflatten(2, visual_BEhw.shape[2:])
 
     def attend(self, text_KE: Tensor, global_BE: Tensor, visual_BEhw: Tensor) -> tuple[Tensor, Tensor]:
-        """Texts t*, B x K x E, and pixels f*, B x hw x E, after they have looked at each other."""
+        """Return the texts t*, B x K x E, and pixels f*, B x hw x E, after they have attended to each other."""
         context_BME = torch.cat([global_BE.unsqueeze(1), visual_BEhw.flatten(2).transpose(1, 2)], dim=1)
         text_BKE = text_KE.to(context_BME.dtype).expand(context_BME.shape[0], -1, -1)
         if not self.coattends:

@@ -14,7 +14,7 @@ def resize_positions(
 ) -> Tensor:
     """Return the position embedding for a grid of h x w patches: (prefix + h w) x D.
 
-    positions_LD: rows of `prefix` tokens that have no place (class token), which stay, then those of a square grid, row by row.
+    positions_LD: rows of `prefix` tokens without a position (class token), which are kept, then a square grid's, row by row.
     mode: bilinear (CLIP in the released WeakCLIP, Segmenter) or bicubic (MCTformer), without anti-aliasing.
     offset: added to h and w where the scale factor is computed: 0.1 in MCTformer's released code (and DINO's); 0: none.
     """
@@ -31,6 +31,6 @@ def resize_positions(
 
 
 def has_square_grid(positions_LD: Tensor, prefix: int = 1) -> bool:
-    """Return whether the rows after the first `prefix` are those of a square grid, so that `resize_positions` can take them."""
+    """Return whether the rows after the first `prefix` form a square grid, as `resize_positions` requires."""
     tokens = len(positions_LD) - prefix
     return positions_LD.ndim == 2 and tokens > 0 and math.isqrt(tokens) ** 2 == tokens

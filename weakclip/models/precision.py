@@ -1,4 +1,4 @@
-"""At which precision a network computes."""
+"""The precision in which a network computes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import torch
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The context in which a forward pass runs. precision: the config's; auto is bf16 everywhere but on a CPU."""
+    """Return the autocast context of a forward pass. precision: as in the config; auto is bf16 except on a CPU."""
     bf16 = precision == "bf16" or (precision == "auto" and device.type != "cpu")
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

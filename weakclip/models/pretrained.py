@@ -1,4 +1,4 @@
-"""CLIP weights: OpenAI's archive, an open_clip checkpoint or a directory -> an open_clip model. Never a silent random start."""
+"""CLIP weights: OpenAI's archive, an open_clip checkpoint or a directory -> an open_clip model, never silently a random one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from weakclip.config import ClipConfig, ConfigError
 from weakclip.runtime.torchvision_ops import declare_missing
 
 declare_missing()
-# Where transformers is installed open_clip imports it, for text towers that no CLIP here has: half of the time that a job takes
-# to start. What is None in sys.modules counts as not installed.
+# If transformers is installed, open_clip imports it for text towers that no CLIP here has, which takes half of a job's start-up
+# time. A module that is None in sys.modules counts as not installed.
 hidden = sys.modules.setdefault("transformers", None) is None  # type: ignore[arg-type]
 
 import open_clip
@@ -29,19 +29,19 @@ if hidden:
     del sys.modules["transformers"]
 
 SETTINGS = "open_clip_config.json"
-"""The file that says the architecture in a directory of open_clip's layout."""
+"""The file with the architecture in a directory of open_clip's layout."""
 
-# Metadata of a converted file (weakclip.convert): open_clip's model_cfg as JSON, and "doubled" where the class embedding is.
+# Metadata of a converted file (weakclip.convert): open_clip's model_cfg as JSON, and "doubled" if the class embedding is doubled.
 ARCHITECTURE, CLASS_EMBEDDING = "model_cfg", "class_embedding"
 
 
 def load_clip(config: ClipConfig) -> Any:
-    """The open_clip.CLIP that `config.model` and `config.pretrained` name; its `architecture` is open_clip's model_cfg.
+    """Return the open_clip.CLIP that `config.model` and `config.pretrained` name; its `architecture` is open_clip's model_cfg.
 
     With `double_class_embedding` its class embedding is twice CLIP's, so that a plain ViT gives the published features. (The
-    released code adds the embedding once more. Doubling it is exact and can be undone; adding it to the class token's position
-    embedding, the other way to fold it, rounds.)
-    Raises ConfigError when a file is missing or unreadable, doesn't fit the architecture, or is no plain ViT CLIP.
+    released code adds the embedding once more. Doubling it is exact and can be undone; the alternative, adding it to the class
+    token's position embedding, rounds.)
+    Raises ConfigError when a file is missing or unreadable, does not fit the architecture, or is not a plain ViT CLIP.
     """
     if config.pretrained == "none":
         model, doubled = _build(_architecture(config.model), "clip.model"), False
@@ -52,7 +52,7 @@ def load_clip(config: ClipConfig) -> Any:
 
 
 def _load(config: ClipConfig) -> tuple[Any, bool]:
-    """The CLIP with its weights, and whether its class embedding is doubled already."""
+    """Return the CLIP with its weights, and whether its class embedding is already doubled."""
     path = place(config.pretrained)
     if not path.exists():
         source = get_pretrained_url(config.model or "ViT-B-16-quickgelu", "openai")
@@ -67,16 +67,16 @@ def _load(config: ClipConfig) -> tuple[Any, bool]:
         raise ConfigError(f"clip.pretrained: {error}") from error
     if "backbone.class_embedding" in tensors:
         raise ConfigError(
-            f"clip.pretrained: {path} is a released WeakCLIP; first python -m weakclip.convert {path} OUT.safetensors"
+            f"clip.pretrained: {path} is a released WeakCLIP; first run python -m weakclip.convert {path} OUT.safetensors"
         )
     if architecture is not None and config.model is not None:
-        raise ConfigError(f"clip.model must be null when clip.pretrained is {path}, which says its own architecture")
+        raise ConfigError(f"clip.model must be null when clip.pretrained is {path}, which states its own architecture")
     state = {name.removeprefix("clip."): tensor for name, tensor in tensors.items() if name.startswith("clip.")} or tensors
     architecture = _as_large_as(state, architecture or _architecture(config.model))
     source = "clip.model" if config.model else f"clip.pretrained: {path / SETTINGS if path.is_dir() else path}"
     model = _build(architecture, source)
     state = unpack_tokens(state, model.token_embedding.num_embeddings)
-    state = {"logit_scale": model.logit_scale, **state}  # plays no part here, and released WeakCLIPs have none
+    state = {"logit_scale": model.logit_scale, **state}  # not used here, and missing in released WeakCLIPs
     for name in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's archives
         state.pop(name, None)
     state_dict.load_into(model, state, f"clip.pretrained: {path}", "set clip.model to the architecture of these weights")
@@ -84,7 +84,7 @@ def _load(config: ClipConfig) -> tuple[Any, bool]:
 
 
 def _in_directory(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The weights in a directory of open_clip's layout, and their architecture."""
+    """Return the weights in a directory of open_clip's layout, and their architecture."""
     settings = folder / SETTINGS
     if not settings.is_file():
         raise ConfigError(f"clip.pretrained: {folder} holds no {SETTINGS}")
@@ -98,7 +98,7 @@ def _in_directory(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _as_large_as(state: Mapping[str, Tensor], architecture: dict[str, Any]) -> dict[str, Any]:
-    """The architecture with the image size and text length of the position embeddings at hand; others count as they are."""
+    """Return the architecture with the image size and text length of the position embeddings in `state`, if it has them."""
     changes: dict[str, dict[str, int]] = {}
     if (positions_LD := state.get("visual.positional_embedding")) is not None and positions_LD.ndim == 2:
         patch = state["visual.conv1.weight"].shape[-1] if "visual.conv1.weight" in state else 16
@@ -111,11 +111,12 @@ def _as_large_as(state: Mapping[str, Tensor], architecture: dict[str, Any]) -> d
 def _architecture(name: str | None) -> dict[str, Any]:
     architecture = open_clip.get_model_config(name) if name else None
     if architecture is None:
-        raise ConfigError(f"clip.model: open_clip knows no {name!r}; open_clip.list_models() lists its names")
+        raise ConfigError(f"clip.model: open_clip has no model {name!r}; open_clip.list_models() lists the names")
     return architecture
 
 
-# Where an architecture may differ from a plain CLIP. Another pooling, mask, vocabulary or tokenizer gives other features.
+# Settings in which an architecture may differ from a plain CLIP. Another pooling, mask, vocabulary or tokenizer would give other
+# features.
 _VARIES = {"layers", "width", "head_width", "heads", "mlp_ratio", "patch_size", "image_size", "context_length"}
 _VARIES |= {"ls_init_value", "patch_dropout", "act_kwargs", "norm_kwargs"}
 
@@ -135,7 +136,7 @@ def _build(architecture: dict[str, Any], source: str) -> Any:
         what = f" ({', '.join(odd)})" if odd else ""
         raise ConfigError(f"{source}: only CLIPs with a plain ViT and CLIP's own text tower are supported{what}")
     if vision.patch_size not in (14, 16):
-        raise ConfigError(f"{source}: patch {vision.patch_size} is not supported; take a ViT with patch 14 or 16")
+        raise ConfigError(f"{source}: patch {vision.patch_size} is not supported; use a ViT with patch 14 or 16")
     architecture = {key: value for key, value in architecture.items() if key != "custom_text"}
     try:
         model = open_clip.CLIP(**architecture)
@@ -146,13 +147,13 @@ def _build(architecture: dict[str, Any], source: str) -> Any:
 
 
 def pack_tokens(state: Mapping[str, Tensor], row_ids: Tensor) -> dict[str, Tensor]:
-    """`state` whose token embedding holds the rows `row_ids` (int64 [n]) alone, in that order, with their ids beside them."""
+    """Return `state` with only the rows `row_ids` (int64 [n]) of the token embedding, in that order, together with their ids."""
     packed = dict(state)
     return packed | {"token_embedding.rows": packed.pop("token_embedding.weight"), "token_embedding.row_ids": row_ids}
 
 
 def unpack_tokens(state: Mapping[str, Tensor], vocabulary: int) -> dict[str, Tensor]:
-    """The inverse of `pack_tokens`, with zeros for the tokens that were left out; any other state dict as it is."""
+    """Return the inverse of `pack_tokens`, with zeros for the tokens left out; any other state dict is returned unchanged."""
     unpacked = dict(state)
     if "token_embedding.rows" in unpacked:
         rows_nD, ids_n = unpacked.pop("token_embedding.rows"), unpacked.pop("token_embedding.row_ids")

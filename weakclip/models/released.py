@@ -1,6 +1,7 @@
-"""The released layout of WeakCLIP's checkpoints <-> ours, and both to and from files. Nothing in a file that is read is executed.
+"""Conversion between the released layout of WeakCLIP's checkpoints and ours, and reading and writing both.
 
-"Ours" is one flat dict: the trainable part under this package's names, and the CLIP under open_clip's, prefixed "clip.".
+"Ours" is one flat dict: the trainable part under this package's names, and the CLIP under open_clip's, prefixed "clip.". Nothing
+in a file that is read is executed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from weakclip.models.weakclip import WeakCLIP
 from weakclip.runtime.atomic import write_whole
 from weakclip.runtime.run_dir import RunDir
 
-# Beginnings of names, released and ours. The first that fits counts, so the general ones stand last.
+# Prefixes of names, released and ours. The first one that matches is used, so the general ones come last.
 PREFIXES = (
     ("contexts", "prompts_ND"),
     ("gamma", "matching.alpha"),
@@ -55,23 +56,23 @@ PREFIXES = (
 
 UNUSED = {
     "identity_head.": "the auxiliary loss has no weights here",
-    "auxiliary_head.": "no part of the published recipe",
+    "auxiliary_head.": "not part of the published recipe",
 }
-"""Beginnings of released names that ours has no place for, and why."""
+"""Prefixes of released names that have no counterpart in ours, and why."""
 
 
 def our_name(released: str) -> str | None:
-    """Our name of a released tensor, or None."""
+    """Return our name of a released tensor, or None."""
     return next((ours + released[len(theirs) :] for theirs, ours in PREFIXES if released.startswith(theirs)), None)
 
 
 def released_name(ours: str) -> str | None:
-    """The released name of one of our tensors, or None."""
+    """Return the released name of one of our tensors, or None."""
     return next((theirs + ours[len(own) :] for theirs, own in PREFIXES if ours.startswith(own)), None)
 
 
 def from_released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Ours, from the released layout. The class embedding is doubled: the released code adds it twice."""
+    """Convert the released layout to ours. The class embedding is doubled, because the released code adds it twice."""
     ours = {name: tensor for theirs, tensor in tensors.items() if (name := our_name(theirs))}
     ours["prompts_ND"] = ours["prompts_ND"][0]
     ours["clip.visual.class_embedding"] = 2 * ours["clip.visual.class_embedding"]
@@ -79,7 +80,7 @@ def from_released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_released(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The released layout, from ours: the exact inverse of `from_released`."""
+    """Convert ours to the released layout: the exact inverse of `from_released`."""
     tensors = {theirs: tensor for name, tensor in ours.items() if (theirs := released_name(name))}
     tensors["contexts"] = tensors["contexts"][None]
     tensors["backbone.class_embedding"] = tensors["backbone.class_embedding"] / 2
@@ -87,10 +88,10 @@ def to_released(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def cut_coco(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A COCO model over 91 raw ids -> over 81 classes, its logits unchanged.
+    """Convert a COCO model over 91 raw ids to one over 81 classes, with unchanged logits.
 
-    Only the head is cut. The ten names that no annotation uses take part in the co-attention and guide the decoder, so they
-    stay, after the classes, as `matching.extra_names`.
+    Only the head is cut. The ten names that no annotation uses take part in the co-attention and guide the decoder, so they are
+    kept after the classes, as `matching.extra_names`.
     """
     order = torch.tensor(labels.COCO_RAW_IDS)
     head = {name: ours[name][order[: len(labels.COCO)]] for name in _head(ours)}
@@ -98,7 +99,7 @@ def cut_coco(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def uncut_coco(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `cut_coco`; the ten unused classes get a logit of -10,000."""
+    """Convert back what `cut_coco` converted; the ten unused classes get a logit of -10,000."""
     order = torch.tensor(labels.COCO_RAW_IDS)
     head = {}
     for name in _head(ours):
@@ -112,14 +113,14 @@ def _head(ours: Mapping[str, Tensor]) -> list[str]:
 
 
 def _reorder(ours: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
-    """The lateral convs with the columns of the score map, which stand after the features', in another order."""
+    """Return the lateral convs with the columns of the score map, which follow those of the features, in another order."""
     names = [name for name in ours if name.startswith("decoder.neck.laterals.") and name.endswith("weight")]
     features = len(ours["adapter.level3.weight"])
     return {name: torch.cat([ours[name][:, :features], ours[name][:, features:][:, order]], dim=1) for name in names}
 
 
 def architecture(ours: Mapping[str, Tensor], vision_heads: int, text_heads: int) -> dict[str, Any]:
-    """open_clip's model_cfg of the CLIP in `ours`. The shapes tell all but the numbers of heads."""
+    """Return open_clip's model_cfg of the CLIP in `ours`. The shapes determine everything but the numbers of heads."""
     width, _, patch, _ = ours["clip.visual.conv1.weight"].shape
     vocabulary, text_width = ours["clip.token_embedding.weight"].shape
     side = round((len(ours["clip.visual.positional_embedding"]) - 1) ** 0.5)
@@ -139,7 +140,7 @@ def _count(ours: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def expected(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a complete checkpoint of these sizes holds: our names, and tensors on the meta device."""
+    """Return what a complete checkpoint of these sizes holds: our names, with tensors on the meta device."""
     cfg = architecture(ours, 1, 1)
     width, embedding = cfg["vision_cfg"]["width"], cfg["embed_dim"]
     inner, layers = len(ours["matching.visual_proj.1.bias"]), _count(ours, "matching.text_branch.layers.")
@@ -153,11 +154,11 @@ def expected(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         }
         names = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.state_dict().items()}
         names["prompts_ND"] = torch.empty(len(ours["prompts_ND"]), cfg["text_cfg"]["width"])
-    del names["clip.logit_scale"]  # plays no part, and is in no released checkpoint
+    del names["clip.logit_scale"]  # not used, and in no released checkpoint
     return names
 
 
-# What `expected` takes sizes from, with the number of dimensions.
+# Tensors from which `expected` takes sizes, with their number of dimensions.
 _SIZES = {
     "contexts": 3,
     "backbone.class_embedding": 1,
@@ -174,18 +175,18 @@ _SIZES = {
 
 
 def read_released(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Ours, from a released checkpoint that is complete and holds nothing unknown. Raises ConfigError if it isn't."""
+    """Convert a released checkpoint to ours. Raises ConfigError unless it is complete and has no unexpected keys."""
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(UNUSED))}
     if lacking := [name for name, ndim in _SIZES.items() if name not in tensors or tensors[name].ndim != ndim]:
-        raise ConfigError(f"{source}: no released WeakCLIP on a ViT; it lacks {state_dict.some(lacking)}")
+        raise ConfigError(f"{source}: not a released WeakCLIP on a ViT; missing keys: {state_dict.some(lacking)}")
     ours = from_released(tensors)
     _check_depth(architecture(ours, 1, 1), source)
-    state_dict.check_fit(to_released(expected(ours)), tensors, source, "take a checkpoint of the released WeakCLIP on a ViT")
+    state_dict.check_fit(to_released(expected(ours)), tensors, source, "use a checkpoint of the released WeakCLIP on a ViT")
     return ours
 
 
 def _check_depth(cfg: dict[str, Any], source: str) -> None:
-    """A tower without its last block would pass for a shallower one; the depths of OpenAI's CLIPs are known."""
+    """Raise ConfigError for a tower of OpenAI's sizes but another depth: a missing last block would otherwise go unnoticed."""
     for name in ("ViT-B-16-quickgelu", "ViT-L-14-quickgelu"):
         known = open_clip.get_model_config(name)
         if all(cfg["vision_cfg"][size] == known["vision_cfg"][size] for size in ("width", "patch_size")):
@@ -196,7 +197,7 @@ def _check_depth(cfg: dict[str, Any], source: str) -> None:
 
 
 def parameters(model: WeakCLIP) -> dict[str, nn.Parameter]:
-    """All parameters of a model under our names, its CLIP's too."""
+    """Return all parameters of a model under our names, including its CLIP's."""
     clip = {
         f"clip.{prefix}{name.replace('blocks.', 'transformer.resblocks.', 1)}": parameter
         for prefix, tower in (("visual.", model.clip.vision), ("", model.clip.text))
@@ -206,23 +207,25 @@ def parameters(model: WeakCLIP) -> dict[str, nn.Parameter]:
 
 
 def of_model(model: WeakCLIP) -> dict[str, Tensor]:
-    """Ours, from a model. Position embeddings are as large as it uses them."""
+    """Return the layout ours of a model. Position embeddings have the size in which the model uses them."""
     return {**{name: parameter.detach() for name, parameter in parameters(model).items()}, **model.state_dict()}
 
 
 class Checkpoint(NamedTuple):
+    """A checkpoint in our layout."""
+
     ours: dict[str, Tensor]
     meta: dict[str, str]
-    """What a safetensors file says beside its tensors: model_cfg, class_embedding, classes, extra_names."""
+    """Metadata of a safetensors file: model_cfg, class_embedding, classes, extra_names."""
     notes: tuple[str, ...] = ()
     """What was not used or was changed, and why: lines for the person who converts."""
 
 
 def read(path: Path, classes: str | None = None) -> Checkpoint:
-    """A released checkpoint, OpenAI's archive of a CLIP, a run's directory or a file that `write` wrote.
+    """Read a released checkpoint, OpenAI's archive of a CLIP, a run directory or a file that `write` wrote.
 
-    classes: as `classes` in a recipe; needed when K says neither VOC nor COCO.
-    Raises ConfigError or ArchiveError when it is none of these, damaged, incomplete or holds unknown tensors.
+    classes: as `classes` in a recipe; needed when K is neither that of VOC nor that of COCO.
+    Raises ConfigError or ArchiveError when it is none of these, damaged or incomplete, or has unexpected keys.
     """
     if path.is_dir():
         return _read_run(path)
@@ -232,12 +235,12 @@ def read(path: Path, classes: str | None = None) -> Checkpoint:
     if "visual.class_embedding" in tensors:
         numbers = [name for name, tensor in tensors.items() if tensor.ndim == 0 and name != "logit_scale"]
         clip = {name: tensor for name, tensor in tensors.items() if name not in numbers}
-        return Checkpoint(clip, {"format": "pt"}, (f"not used: {', '.join(numbers)}: numbers, which the shapes tell too",))
+        return Checkpoint(clip, {"format": "pt"}, (f"not used: {', '.join(numbers)}: the shapes determine these numbers",))
     if "prompts_ND" in tensors:
-        raise ConfigError(f"{path}: a run's trainable part without its CLIP; give the run's directory instead")
+        raise ConfigError(f"{path}: a run's trainable part without its CLIP; give the run directory instead")
     ours = read_released(tensors, str(path))
     notes = [f"not used: {name}: {why}" for name in tensors for start, why in UNUSED.items() if name.startswith(start)]
-    notes.append("class embedding: doubled, for the released code adds it to the class token twice")
+    notes.append("class embedding: doubled, because the released code adds it to the class token twice")
     K = len(ours["decoder.head.classify.weight"])
     extra_names: tuple[str, ...] = ()
     names = labels.class_names(classes or {21: "voc", 91: "coco"}.get(K) or _which_classes(path, K))
@@ -251,7 +254,7 @@ def read(path: Path, classes: str | None = None) -> Checkpoint:
 
 
 def _which_classes(path: Path, K: int) -> str:
-    raise ConfigError(f"{path}: {K} classes are neither VOC's 21 nor COCO's 91; name them with --classes FILE, one a line")
+    raise ConfigError(f"{path}: {K} classes are neither VOC's 21 nor COCO's 91; name them with --classes FILE, one per line")
 
 
 def _read_run(folder: Path) -> Checkpoint:
@@ -263,18 +266,18 @@ def _read_run(folder: Path) -> Checkpoint:
 
 
 def metadata(cfg: dict[str, Any], doubled: bool, names: Sequence[str], extra_names: Sequence[str]) -> dict[str, str]:
-    """A checkpoint's metadata. cfg: open_clip's model_cfg; doubled: whether its class embedding is twice CLIP's."""
+    """Return a checkpoint's metadata. cfg: open_clip's model_cfg. doubled: whether its class embedding is twice CLIP's."""
     lists = {CLASSES: json.dumps(names), EXTRA_NAMES: json.dumps(extra_names)}
     return {"format": "pt", ARCHITECTURE: json.dumps(cfg), CLASS_EMBEDDING: "doubled" if doubled else "single", **lists}
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Ours as safetensors, or in the released layout (.pth, as mmcv saves it)."""
+    """Write a checkpoint as safetensors in our layout, or else in the released layout (.pth, as mmcv saves it)."""
     ours, meta, _ = checkpoint
     if path.suffix == ".safetensors":
         data = weights.packed(ours, meta)
     elif "prompts_ND" not in ours:
-        raise ConfigError(f"{path}: a CLIP alone has no place in the released layout; write it as .safetensors")
+        raise ConfigError(f"{path}: the released layout cannot hold a CLIP alone; write it as .safetensors")
     else:
         names = json.loads(meta[CLASSES])
         if tuple(json.loads(meta[EXTRA_NAMES])) == labels.COCO_GAP_NAMES:
@@ -288,13 +291,13 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def raw_coco_names() -> list[str]:
-    """COCO's 91 names in the order of the raw ids."""
+    """Return COCO's 91 names in the order of the raw ids."""
     pairs = zip(labels.COCO_RAW_IDS, labels.COCO + labels.COCO_GAP_NAMES, strict=True)
     return [name for _, name in sorted(pairs)]
 
 
 def summary(ours: Mapping[str, Tensor]) -> str:
-    """What was used: how many tensors of each part, and those among them that have no effect."""
+    """Return lines that say how many tensors of each part were used, and how many of them have no effect."""
     parts = Counter(
         "vision tower" if name.startswith("clip.visual.") else "text tower" if name.startswith("clip.") else name.split(".")[0]
         for name in ours

@@ -1,4 +1,4 @@
-"""WeakCLIP: a frozen CLIP and what is trained around it (Zhu et al., IJCV 2025, section 3)."""
+"""WeakCLIP: a frozen CLIP and the modules that are trained around it (Zhu et al., IJCV 2025, section 3)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ from weakclip.models.precision import autocast
 
 
 class Output(NamedTuple):
+    """What a forward pass returns."""
+
     logits_BKhw: Tensor
     """At a quarter of the image's side (patch 16)."""
     scores_BKhw: Tensor
-    """Score map, one value a token and class, in -1..1. (Of classes alone: `matching.extra_names` have none here.)"""
+    """Score map in -1..1, one value per token and class, without those of `matching.extra_names`."""
 
 
 class WeakCLIP(Trained):
-    """All registered parameters are the paper's trainable part.
+    """The whole model. Its registered parameters are exactly the paper's trainable part.
 
-    The frozen CLIP is kept outside the module tree: what walks over the parameters (optimiser, ZeRO's partitioning and
+    The frozen CLIP is kept outside the module tree: whatever iterates over the parameters (optimizer, ZeRO's partitioning and
     broadcasts, state dicts and so checkpoints) never sees it, and so can neither change, shard nor save it.
     """
 
@@ -49,46 +51,47 @@ class WeakCLIP(Trained):
         self.prompts_ND = nn.Parameter(nn.init.trunc_normal_(torch.empty(len(words_N), clip.text.width)))
         if fixed:
             self.prompts_ND.requires_grad_(False).copy_(clip.text.token_embedding(words_N))
-            if not self.prompts_ND.any(1).all():  # small CLIPs hold the tokens alone that they were trained on
-                raise ConfigError(f"prompts.words: this CLIP was not trained with a word of {fixed!r}")
+            if not self.prompts_ND.any(1).all():  # small CLIPs hold only the tokens that they were trained on
+                raise ConfigError(f"prompts.words: this CLIP was not trained with a word of {fixed!r}; use other words")
         self.adapter = PyramidAdapter(clip.vision.width).requires_grad_(config.adapter.train)
         self.matching = CoAttentionMatching(clip.embedding, config.matching)
         self.decoder = TextGuidedDecoder(clip.vision.width, len(names), self.num_classes, config.decoder)
-        if not config.decoder.score_map:  # then nothing that texts say has an effect
+        if not config.decoder.score_map:  # then the texts have no effect
             self.prompts_ND.requires_grad_(False)
             self.matching.requires_grad_(False)
 
     @property
     def clip(self) -> FrozenClip:
+        """The frozen CLIP."""
         return self._frozen[0]
 
     @property
     def frozen(self) -> int:
-        """Parameters of the CLIP."""
+        """Number of parameters of the CLIP."""
         return sum(p.numel() for p in self.clip.parameters())
 
     def twin(self) -> WeakCLIP:
         return copy.deepcopy(self, {id(self.clip): self.clip})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeakCLIP:
-        self.clip._apply(fn)  # .to(device) moves the frozen part along
+        self.clip._apply(fn)  # so that .to(device) also moves the frozen part
         self.names_KL = fn(self.names_KL)
         return super()._apply(fn, recurse)
 
     def encode_names(self) -> Tensor:
-        """Embeddings of classes and extra names, K x E; the same for every image, so inference computes them once."""
+        """Return the embeddings of classes and extra names, K x E: the same for every image, so inference computes them once."""
         with autocast(self.precision, self.names_KL.device):
             return self.clip.text(self.names_KL, self.prompts_ND)
 
     def predictor(self) -> Predictor:
-        """For inference; the text tower runs only now. The pyramid can't halve a side under two patches."""
+        """Return the model for inference. The text tower runs only here. The pyramid cannot halve a side under two patches."""
         with torch.no_grad():
             text_KE = self.encode_names()
         device, least_side = text_KE.device, 2 * self.clip.vision.patch
         return Predictor(lambda x: self(x, text_KE).logits_BKhw, self.num_classes, self.normalisation, least_side, device)
 
     def forward(self, images_B3HW: Tensor, text_KE: Tensor | None = None) -> Output:
-        """Normalised images with sides of at least one patch -> logits and score map. In training mode the frozen vision
+        """Return logits and score map of normalised images whose sides are at least one patch. In training mode the frozen vision
         tower's stochastic depth is active, as published."""
         with autocast(self.precision, images_B3HW.device):
             features = self.clip.vision(images_B3HW, drop_path=self.training)
@@ -98,12 +101,13 @@ class WeakCLIP(Trained):
             return Output(logits_BKhw, scores_BKhw[:, : self.num_classes])
 
     def losses(self, output: Output, targets: Targets) -> dict[str, Tensor]:
-        """Of weakclip.models.losses, by name; their sum is what is minimised."""
+        """Return the weighted losses of weakclip.models.losses by name; training minimises their sum."""
         return weighted_losses(LossInputs(*output, targets.seeds_BHW, targets.images_B3HW, self.loss, self.normalisation))
 
 
 def parameter_counts(model: WeakCLIP) -> dict[str, int]:
-    """Parameters by part, then "trainable" (all but CLIP's), "without gradient" (the dead layers in it) and "total"."""
+    """Return the number of parameters by part, then "trainable" (all but CLIP's), "without gradient" (those of the trainable ones
+    that get none) and "total"."""
     parts: dict[str, Any] = {
         "vision tower (frozen)": model.clip.vision,
         "text tower (frozen)": model.clip.text,

@@ -1,4 +1,4 @@
-"""What the networks for retraining have in common: their interface, and how the file of a pre-trained backbone is read."""
+"""What the networks for retraining share: their interface, and reading the file of a pre-trained backbone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from weakclip.checkpoints import weight_files
 from weakclip.config import ConfigError
 from weakclip.data.photometric import IMAGENET, Normalisation
 
-OTHER_BACKBONE = "the file must be of the backbone that was asked for"
+OTHER_BACKBONE = "use the weights of the backbone that the recipe names"
 
 
 class Network(nn.Module):
-    """A segmentation network: normalised images [B, 3, H, W], of any sides from `least_side` on -> logits [B, K, h, w].
+    """A segmentation network: normalised images [B, 3, H, W] with sides of `least_side` or more -> logits [B, K, h, w].
 
     The logits are at the network's own resolution and cover the image: resize them bilinearly (align_corners=False) to H x W.
     """
@@ -23,22 +23,22 @@ class Network(nn.Module):
     least_side: int
     """The smallest H or W that `forward` takes, in pixels."""
     normalisation: Normalisation = IMAGENET
-    """What the images are normalised with: that of the backbone's pre-training."""
+    """Mean and std with which images are normalised: those of the backbone's pre-training."""
 
     @abstractmethod
     def load_pretrained(self, path: Path) -> None:
-        """Load the ImageNet weights at `path` into the backbone. Raises ConfigError where they do not fit it exactly."""
+        """Load the ImageNet weights at `path` into the backbone. Raises ConfigError if they do not fit it exactly."""
 
     @abstractmethod
     def head_parameters(self) -> list[nn.Parameter]:
-        """The parameters that no pre-training gave; published recipes may give them a learning rate of their own."""
+        """Return the parameters without pre-trained weights; published recipes may give them their own learning rate."""
 
 
 def read_backbone(path: Path, *classifiers: str) -> dict[str, Tensor]:
-    """The tensors in a file of weights, or in a directory as Hugging Face lays it out, without those of the `classifiers`.
+    """Return the tensors in a weight file, or in a directory in Hugging Face's layout, without those of the `classifiers`.
 
-    classifiers: what the names of the ImageNet classifier's tensors begin with.
-    Raises ConfigError naming the file that is missing or can't be read.
+    classifiers: prefixes of the names of the ImageNet classifier's tensors.
+    Raises ConfigError naming the file that is missing or cannot be read.
     """
     if path.is_dir():
         files = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]

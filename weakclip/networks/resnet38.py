@@ -1,25 +1,25 @@
 """ResNet-38 DeepLab-LargeFOV, the network of the main tables.
 
 Trunk: Wu et al., Wider or Deeper (arXiv 1611.10080), model A1, dilated to output stride 8 as in PSA's released code
-(jiwoon-ahn/psa, network/resnet38d.py), whose names of the parameters files of its weights have.
+(jiwoon-ahn/psa, network/resnet38d.py). Files of its weights use that code's parameter names.
 Head: WeakCLIP's released retraining (Yingyue-L/deeplabv1-resnet38, tools/net/deeplabv1.py, from SEAM's
-YudeWang/semantic-segmentation-codebase). MCTformer's (xulianuwa/MCTformer, seg/network/resnet38_seg.py) is another: two 3x3
-convolutions of dilation 12 with biases, 4096 -> 512 -> K, and nothing but a ReLU between them.
+YudeWang/semantic-segmentation-codebase). MCTformer's head (xulianuwa/MCTformer, seg/network/resnet38_seg.py) is different: two
+3x3 convolutions of dilation 12 with biases, 4096 -> 512 -> K, with only a ReLU between them.
 
 Recipe of WeakCLIP's retraining (tools/config.py and, at commit ca92b8d, train.py): SGD, momentum 0.9, weight decay 5e-4;
 learning rate VOC 1e-3, COCO 1.5e-3, times (1 - step / (steps + 1)) ^ 0.9, no warm-up; the head's convolutions 10 x; the
-classifier's bias 20 x without decay; affine parameters of all BatchNorms are in no group, and so never change. Batch 10 on 2
+classifier's bias 20 x without decay; affine parameters of all BatchNorms are in no group and so never change. Batch 10 on 2
 GPUs; 40,000 steps on VOC, 160,000 on COCO. Scale 0.5..1.5 (bicubic), crop 448 (padding ignored), flip 0.5, hue, saturation,
-value +-10 of OpenCV's. Cross-entropy on logits resized to the image. Test: scales 0.5 0.75 1 1.25 1.5 with flips, mean of the
-logits, CRF among the classes that lead somewhere.
+value +-10 in OpenCV's units. Cross-entropy on logits resized to the image. Test: scales 0.5 0.75 1 1.25 1.5 with flips, mean of
+the logits, CRF over the classes that win at least one pixel.
 Recipe of MCTformer's (VOC; seg/train_seg.py, run_seg.sh): SGD, learning rate 7e-4, head 10 x, (1 - step / steps) ^ 0.9, batch 4,
-30 epochs, scale 0.7..1.3 (one for the batch), crop 321, flip 0.5; its weight decay of 1e-5 is handed to SGD in the place of the
-momentum, so there is next to none of either. Test: the same scales, their maximum of softmax, CRF.
+30 epochs, scale 0.7..1.3 (one for the batch), crop 321, flip 0.5; its weight decay of 1e-5 is passed to SGD in place of the
+momentum, so both are almost zero. Test: the same scales, the maximum of their softmax, CRF.
 
-Where this differs from WeakCLIP's retraining: it left the trunk's BatchNorm in training mode (momentum 3e-4, synchronised)
-until the first evaluation in one version and throughout in another, because the freezing in its code was not reached; here it
-is frozen as that code, PSA's and MCTformer's mean it to be. The head's has PyTorch's momentum instead of 3e-4, under which
-evaluation is off for the first thousands of steps. Logits are to be resized with align_corners=False, there it was True.
+Differences from WeakCLIP's retraining: it left the trunk's BatchNorm in training mode (momentum 3e-4, synchronised) until the
+first evaluation in one version and throughout in another, because the code that freezes it was not reached. Here it is frozen,
+as that code, PSA's and MCTformer's intend. The head's BatchNorm has PyTorch's momentum instead of 3e-4, with which evaluation is
+wrong for the first thousands of steps. Logits are to be resized with align_corners=False; there it was True.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _conv(in_channels: int, channels: int, size: int, stride: int = 1, dilation:
 
 
 class _Residual(nn.Module):
-    """Pre-activation: x (or its projection, where the shape changes) + branch(relu(norm(x)))."""
+    """Pre-activation residual block: x (or its projection, where the shape changes) + branch(relu(norm(x)))."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Residual(nn.Module):
 
 
 class _Basic(_Residual):
-    """Two 3x3 convolutions. `dilations`: of the first and of the second."""
+    """Residual block with two 3x3 convolutions. dilations: those of the first and of the second."""
 
     def __init__(self, in_channels: int, middle: int, channels: int, stride: int, dilations: tuple[int, int]) -> None:
         super().__init__(in_channels, channels, stride)
@@ -70,7 +70,7 @@ class _Basic(_Residual):
 
 
 class _Bottleneck(_Residual):
-    """1x1, 3x3 (dilation 4) and 1x1 convolutions of a quarter, half and all of the channels."""
+    """Residual block with 1x1, 3x3 (dilation 4) and 1x1 convolutions of a quarter, half and all of the channels."""
 
     def __init__(self, in_channels: int, channels: int, dropout: float) -> None:
         super().__init__(in_channels, channels, stride=1)
@@ -87,13 +87,13 @@ class _Bottleneck(_Residual):
         return self.conv_branch2b2(x_BCHW)
 
 
-# Stage, blocks, then of its first block: channels (of the first convolution, of the output) in widths, stride; and the dilation
-# of all its 3x3 convolutions but the first, which still sees what an undilated stage gave.
+# Per stage: name, number of blocks, channels of the first block's first convolution and output (in widths), stride of the first
+# block, and the dilation of all 3x3 convolutions except the first, whose input is from an undilated stage.
 _STAGES = (("b2", 3, 2, 2, 2, 1), ("b3", 3, 4, 4, 2, 1), ("b4", 6, 8, 8, 2, 1), ("b5", 3, 8, 16, 1, 2))
 
 
 class Trunk(nn.Sequential):
-    """Images [B, 3, H, W] -> features [B, 64 x width, H/8, W/8] (rounded up). Its children have the names in released files."""
+    """The trunk: images [B, 3, H, W] -> features [B, 64 x width, H/8, W/8] (rounded up). Its children are named as in files."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -115,9 +115,9 @@ class Trunk(nn.Sequential):
 
 
 class ResNet38(Network):
-    """Logits at stride 8, rounded up. With a pre-trained trunk, its first convolution and all its BatchNorm are frozen."""
+    """ResNet-38 with logits at stride 8, rounded up. In a pre-trained trunk, the first convolution and BatchNorms are frozen."""
 
-    least_side = 16  # two positions a side: the head's BatchNorm cannot train on a single value
+    least_side = 16  # two positions per side: the head's BatchNorm cannot train on a single value
 
     def __init__(self, num_classes: int, width: int = 64) -> None:
         """width: channels of the first convolution; 64 is published."""
@@ -153,13 +153,13 @@ class ResNet38(Network):
         return list(self.head.parameters())
 
     def load_pretrained(self, path: Path) -> None:
-        """Load the trunk's PyTorch form, a conversion of ilsvrc-cls_rna-a1_cls1000_ep-0001.params, with or without a classifier.
+        """Load a PyTorch conversion of ilsvrc-cls_rna-a1_cls1000_ep-0001.params, with or without classifier, into the trunk.
 
-        From then on the trunk's BatchNorm keeps its statistics. Raises ConfigError where the file does not fit the trunk.
+        Afterwards the trunk's BatchNorms keep their statistics. Raises ConfigError if the file does not fit the trunk.
         """
         found = read_backbone(path, "fc8.", "linear1000.")
         expected = self.trunk.state_dict()
-        # The MXNet file has no such counter, and with a fixed momentum nothing reads it.
+        # The MXNet file has no such counters, and with a fixed momentum nothing reads them.
         counters = {name: tensor for name, tensor in expected.items() if name.endswith(".num_batches_tracked")}
         state_dict.load_into(self.trunk, counters | found, f"pretrained: {path}", OTHER_BACKBONE)
         self.pretrained = True

@@ -1,8 +1,8 @@
-"""SegFormer, the "hybrid ViT" of the paper's tables: a Mix Transformer and an all-MLP decoder, both of transformers.
+"""SegFormer, the "hybrid ViT" of the paper's tables: a Mix Transformer and an all-MLP decoder, both from `transformers`.
 
 Xie et al. (NeurIPS 2021, arXiv 2105.15203), table 6 of the appendix; released code: NVlabs/SegFormer.
 
-Recipe: WeakCLIP does not publish that of its retraining. SegFormer's own, on ADE20K (local_configs/segformer/B2): AdamW, betas
+Recipe: WeakCLIP does not publish the one of its retraining. SegFormer's own on ADE20K (local_configs/segformer/B2): AdamW, betas
 0.9 and 0.999, weight decay 0.01 (none on norms; here none on biases either), learning rate 6e-5, the head's 10 x, linear warm-up
 over 1,500 steps from 1e-6 x, then linearly to 0 (poly, power 1), batch 16 (8 GPUs x 2), 160,000 steps; image (2048, 512) times
 0.5..2, crop 512 with no class above 75 %, flip, photometric distortion. Test: short side 512 to multiples of 32, whole image.
@@ -34,7 +34,7 @@ _SIZES = {
     "b5": (_LARGE, (3, 6, 40, 3), 768),
 }
 
-# Names in files -> those in the modules of transformers 5, which were renamed while files (its own, too) keep the old ones.
+# Names in files -> names in transformers 5, which renamed its modules while all files, including its own, keep the old names.
 _RENAMED = (
     (r"^encoder\.patch_embeddings\.(\d)\.", r"stages.\1.patch_embeddings."),
     (r"^encoder\.block\.(\d)\.", r"stages.\1.blocks."),
@@ -53,7 +53,7 @@ _RENAMED = (
 
 
 class SegFormer(Network):
-    """Logits at stride 4, rounded up. Sides need be no multiples of 32: the Mix Transformer's convolutions take what there is."""
+    """SegFormer with logits at stride 4, rounded up. Sides need not be multiples of 32: the convolutions take any size."""
 
     least_side = 32  # the first stage's keys are reduced by convolutions of 8 x 8 positions of stride 4
 
@@ -82,9 +82,9 @@ class SegFormer(Network):
         return list(self.network.decode_head.parameters())
 
     def load_pretrained(self, path: Path) -> None:
-        """Load transformers' file of a Mix Transformer that classifies (nvidia/mit-b2), or the directory with it.
+        """Load a classifying Mix Transformer as transformers saves it (nvidia/mit-b2): the file, or the directory with it.
 
-        Raises ConfigError where it does not fit the encoder.
+        Raises ConfigError if it does not fit the encoder.
         """
         encoder = self.network.segformer
         found = {name.removeprefix("segformer."): tensor for name, tensor in read_backbone(path, "classifier.").items()}

@@ -1,16 +1,16 @@
 """Segmenter, the "plain ViT" of the paper's tables: a ViT as encoder and a mask transformer as decoder.
 
 Strudel et al. (ICCV 2021, arXiv 2105.05633), section 3; released code: rstrudel/segmenter, segm/model. The encoder is timm's.
-Its position embedding has the grid of a training crop, as released: resampled once when the ImageNet weights are loaded,
-bilinearly, then trained at that size. For images of another size timm resamples it again, bicubically (released: bilinearly).
+Its position embedding has the grid of a training crop, as released: it is resampled bilinearly once, when the ImageNet weights
+are loaded, then trained at that size. For images of another size timm resamples it again, bicubically (released: bilinearly).
 
-Recipe: WeakCLIP does not publish that of its DeiT-S. What its authors retrain with is the OnlineRetraining of hustvl/WeakTr (its
+Recipe: WeakCLIP does not publish the one of its DeiT-S. Its authors retrain with the OnlineRetraining of hustvl/WeakTr (its
 README, segm/config.yml, segm/train.py), given here for VOC: SGD, Nesterov momentum 0.9, no decay, learning rate 1e-4 falling to
 1e-5 by (1 - step / steps) ^ 0.9, no warm-up, the encoder 0.1 x, batch 4, 100 epochs; image (4160, 520) times 0.5..2, crop 480
-with no class above 75 %, flip, photometric distortion. (WeakTr's clipping of gradients by patches is its own contribution.) The
+with no class above 75 %, flip, photometric distortion. (WeakTr's gradient clipping by patches is its own contribution.) The
 notes of a COCO retraining with a ViT-B in Yingyue-L/deeplabv1-resnet38 at a231313 have the same rate, batch and epochs. Test:
 windows of 480 with stride 320, scales 0.5..1.75 in steps of 0.25 with flips, mean of softmax, CRF.
-Segmenter's own recipe on ADE20K: the same optimiser and schedule, learning rate 1e-3 for all, batch 8, 64 epochs, crop 512.
+Segmenter's own recipe on ADE20K: the same optimizer and schedule, learning rate 1e-3 for all, batch 8, 64 epochs, crop 512.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from timm.models.vision_transformer import Block
 
 
 class MaskTransformer(nn.Module):
-    """Tokens of an encoder [B, N, E] -> scores of every class at every token [B, N, K].
+    """The mask transformer: tokens of an encoder [B, N, E] -> scores of every class at every token [B, N, K].
 
-    Embeddings of the classes go through the layers with the tokens; a score is the cosine of the two, normalised over classes.
+    Embeddings of the classes pass through the layers with the tokens; a score is the cosine of the two, normalised over classes.
     """
 
     def __init__(self, num_classes: int, encoder_width: int, width: int, layers: int) -> None:
@@ -68,8 +68,8 @@ class MaskTransformer(nn.Module):
 
 
 class Segmenter(Network):
-    """Logits at stride 16. Where a side is no multiple of 16, the image is padded with 0, the mean, at the right and the bottom:
-    then the logits are at the image's own resolution, because those of the padding can only be cut off there.
+    """Segmenter with logits at stride 16. If a side is not a multiple of 16, the image is padded with 0, the mean, at the right
+    and bottom. The logits are then at the image's own resolution, because only there can those of the padding be cut off.
     """
 
     least_side = 1
@@ -77,9 +77,9 @@ class Segmenter(Network):
     def __init__(
         self, num_classes: int, backbone: str = "deit_small_patch16_224", decoder_layers: int = 2, image_size: int = 480
     ) -> None:
-        """image_size: of the training's crops, to whose grid the position embedding belongs."""
+        """image_size: side of the training crops, in pixels, which gives the grid of the position embedding."""
         super().__init__()
-        # Stochastic depth of 0.1 in the encoder and none in the decoder, which has dropout instead: the released defaults.
+        # The released defaults: stochastic depth of 0.1 in the encoder and none in the decoder, which has dropout instead.
         self.encoder = timm.create_model(
             backbone, pretrained=False, num_classes=0, img_size=image_size, dynamic_img_size=True, drop_path_rate=0.1
         )
@@ -103,7 +103,7 @@ class Segmenter(Network):
         return list(self.decoder.parameters())
 
     def load_pretrained(self, path: Path) -> None:
-        """Load DeiT's own .pth or timm's file of the backbone. Raises ConfigError where it does not fit the encoder."""
+        """Load DeiT's own .pth or timm's file of the backbone. Raises ConfigError if it does not fit the encoder."""
         found = read_backbone(path, "head.", "head_dist.")
         prefix, grid = self.encoder.num_prefix_tokens, tuple(self.encoder.patch_embed.grid_size)
         positions_1LD = found.get("pos_embed")

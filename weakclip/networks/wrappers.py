@@ -1,4 +1,4 @@
-"""Networks beside WeakCLIP as the training loop sees them."""
+"""Wrappers that give the networks other than WeakCLIP the interface of the training loop."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from weakclip.registry import NETWORKS
 
 
 def build_segmentation(config: Config, num_classes: int, pretrained: bool) -> Segmentation:
-    """Return the network that `config.retrain` names; its weights are random, or with `pretrained` those of the recipe's file.
+    """Return the network that `config.retrain` names, with random weights, or with `pretrained` those of the recipe's file.
 
-    Raises ConfigError where the file does not fit.
+    Raises ConfigError if the file does not fit.
     """
     ours = config.retrain
     entry = NETWORKS[str(ours.network)]
@@ -35,9 +35,9 @@ def build_segmentation(config: Config, num_classes: int, pretrained: bool) -> Se
 
 
 def build_classification(config: Config, num_classes: int, pretrained: bool) -> Classification:
-    """Return the MCTformer that `config.classify` describes; its weights are random, or with `pretrained` those of the file.
+    """Return the MCTformer of `config.classify`, with random weights, or with `pretrained` those of the recipe's file.
 
-    Raises ConfigError where the backbone is unknown or the file does not fit.
+    Raises ConfigError if the backbone is unknown or the file does not fit.
     """
     ours = config.classify
     network = mctformer.MCTformer(num_classes, ours.backbone, ours.augment.crop, ours.drop_path)
@@ -55,7 +55,7 @@ class Segmentation(Trained):
         self.normalisation = network.normalisation
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Normalised images -> logits, B x K x h x w."""
+        """Return the logits, B x K x h x w, of normalised images."""
         with autocast(self.precision, images_B3HW.device):
             return self.network(images_B3HW)
 
@@ -91,7 +91,7 @@ class Classification(Trained):
 
 
 def _apart(model: Trained, head: list[nn.Parameter], head_lr: float) -> list[Group]:
-    """The head's parameters, which learn `head_lr` times as fast, apart from the rest."""
+    """Return two groups: the parameters outside the head, and those of the head, which learn `head_lr` times as fast."""
     apart = {id(parameter) for parameter in head}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     return [Group(rest, 1.0), Group(head, head_lr)]

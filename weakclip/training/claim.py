@@ -42,7 +42,7 @@ def require_same_settings(job: Job) -> None:
     if not job.run.config.is_file():
         return
     earlier = recipes.load_saved(job.run)
-    if job.name == "classify" and earlier.data.labelled is None:  # written by an earlier version, where `train` was the labelled set
+    if job.name == "classify" and earlier.data.labelled is None:  # in earlier versions the labelled set was `train`
         earlier.data.labelled = earlier.data.train
     changed = [key for key in job.fixed if attrgetter(key)(earlier) != attrgetter(key)(job.recipe)]
     if changed:

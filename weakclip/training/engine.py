@@ -114,7 +114,7 @@ class Engine:
         return Targets(images_B3HW, batch.seeds.to(device).long(), batch.labels.to(device))
 
     def _note_gradient_norm(self) -> None:
-        """Store the gradient norm at stage 0, where full gradients exist before the step. ZeRO reports the norm after its step."""
+        """Store the gradient norm at stage 0, from the full gradients before the step. ZeRO reports the norm after its step."""
         if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             self._whole_norm = torch.nn.utils.get_total_norm(gradients)

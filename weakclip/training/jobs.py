@@ -36,12 +36,12 @@ class Job:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The class list."""
+        """Class list of the recipe."""
         return labels.class_names(self.recipe.classes)
 
     @property
     def mask_settings(self) -> MaskSettings:
-        """How its network writes masks."""
+        """Settings of the masks that its network writes."""
         return MaskSettings(self.inference, self.data.scale, self.recipe.seeds, self.data.workers)
 
 

@@ -1,4 +1,4 @@
-"""Maps of the frozen CLIP: the gradient's weights, the attention, and the affinity made of it."""
+"""Maps of the frozen CLIP: the gradient's weights, the attention, and the affinity computed from it."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_sinkhorn_makes_rows_and_columns_sum_to_one():
 
 def test_boxes_enclose_each_part_that_is_strong():
     map_hw = torch.zeros(5, 6)
-    map_hw[0, 0], map_hw[1, 1] = 1.0, 0.4  # touch at a corner: one part
+    map_hw[0, 0], map_hw[1, 1] = 1.0, 0.4  # components that touch at a corner are one
     map_hw[3, 4], map_hw[4, 4], map_hw[4, 5], map_hw[2, 0] = 0.5, 0.5, 0.9, 0.39
     expected_hw = torch.zeros(5, 6)
     expected_hw[0:2, 0:2] = expected_hw[3:5, 4:6] = 1

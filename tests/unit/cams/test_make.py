@@ -74,7 +74,7 @@ def test_parts_are_the_whole_byte_for_byte(config, tmp_path):
         assert not Path(parts.data.train).exists()
         make.run(parts, part)
     assert contents(tmp_path / "parts") == contents(tmp_path / "cams")
-    make.run(parts, "0:1")  # of a job that came late
+    make.run(parts, "0:1")  # by a job that started late
 
 
 def test_what_was_stopped_makes_only_what_is_missing(config, labelled, tmp_path, monkeypatch):
@@ -186,4 +186,4 @@ def test_cams_of_other_weights_are_left_alone_wherever_these_lie(config, save_ti
     (same / "open_clip_model.safetensors").write_bytes(b"another")
     with pytest.raises(ConfigError, match="cams.partial was made with another cam"):
         make.written(config(f"clip.pretrained={same}"), None)
-    assert make.written(config(f"clip.pretrained={tmp_path}/nowhere"), None) == 1  # not here yet, or not any more
+    assert make.written(config(f"clip.pretrained={tmp_path}/nowhere"), None) == 1  # not available yet, or no longer

@@ -1,4 +1,4 @@
-"""What the maps of all CAM sources share."""
+"""Functions that all CAM sources share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading weights of strangers: what every format holds comes out as it is, and hostile or broken files are one clear error."""
+"""Reading untrusted weight files: every format gives exact tensors, and hostile or damaged files give one clear error."""
 
 from __future__ import annotations
 
@@ -374,7 +374,7 @@ def test_an_object_that_is_no_module_adds_no_tensors(tmp_path):
 
 
 def test_what_is_no_attribute_costs_nothing(tmp_path):
-    # pickle.Unpickler would hash the tuples, 200000 deep, on the C stack, and make a memo of 2**32 places
+    # pickle.Unpickler would hash the tuples, 200000 deep, on the C stack, and allocate a memo of 2**32 entries
     deep = b"}()" + b"\x85" * 200_000 + b"Nur\xff\xff\xff\xff"
     program = one_tensor().replace(b"\x80\x02", b"\x80\x02(" + deep + b"(t", 1).replace(b"ub.", b"ub")
     path = scripted(tmp_path / "a.pt", program + b"q\x00th\x00.")
@@ -547,7 +547,7 @@ def test_flipped_bytes_give_weights_or_an_error(tmp_path_factory, files, kind, s
 @given(seed=SEEDS)
 @FUZZ
 def test_flipped_bytes_of_the_pickle_give_weights_or_an_error(tmp_path_factory, files, kind, seed):
-    changed = flipped(member(files[kind], "data.pkl"), seed)  # with the zip's checksums in order
+    changed = flipped(member(files[kind], "data.pkl"), seed)  # with valid zip checksums
     read_or_refused(with_members(files[kind], tmp_path_factory.getbasetemp() / f"pickle.{kind}", data=changed))
 
 

@@ -1,4 +1,4 @@
-"""Files of weights: their bytes."""
+"""The bytes of weight files."""
 
 from __future__ import annotations
 

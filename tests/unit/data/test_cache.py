@@ -1,4 +1,4 @@
-"""The cache's directory: what stays and what leaves, and that processes share it without harm."""
+"""The cache directory: which files are kept and evicted, and safe use by several processes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_was_used_longest_ago_leaves_first(cache, source):
     cache.read(FILES[0], 0, 1, source)  # now 1 is the oldest
     cache.fetch(FILES[3], source)
     assert here(cache) == [0, 2, 3]
-    cache.fetch(FILES[2], source)  # now 0 is
+    cache.fetch(FILES[2], source)  # now 0 is the oldest
     used(cache, 3, -1)
     cache.fetch(FILES[4], source)
     assert here(cache) == [2, 3, 4] and source.asked == [0, 1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""Quick decoders give Pillow's pixels, or nothing."""
+"""Fast decoders give Pillow's pixels, or None."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_damaged_jpeg_has_pillows_pixels_or_is_left_to_it(options, changes, wh
     data = bytes(data[: round(whole * len(data))])
     pixels = decode_jpeg(data, SIZE, SIZE)
     if pixels is not None:
-        np.testing.assert_array_equal(pixels, by_pillow(data))  # who fails here took for a picture what Pillow refuses
+        np.testing.assert_array_equal(pixels, by_pillow(data))  # a failure here accepted an image that Pillow refuses
 
 
 def test_real_jpegs_have_pillows_pixels(coco_mini):

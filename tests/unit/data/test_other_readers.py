@@ -1,4 +1,4 @@
-"""Readers of other projects on a set of ours: webdataset opens the tar files, wids opens index.json."""
+"""Other projects' readers on our shard sets: webdataset opens the tar files, wids opens index.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of samples: every one once an epoch, the same for any number of ranks and workers, resumable anywhere."""
+"""The order of samples: each one once per epoch, the same for any number of ranks and workers, resumable anywhere."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def test_global_batches_are_consecutive_positions_whatever_the_ranks_and_workers
 @given(SIZES, st.sampled_from([(1, 12), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)]), WORKERS, WORKERS, st.integers(0, 6), WINDOW)
 def test_a_run_resumed_on_other_ranks_and_workers_gives_what_would_have_come(sizes, split, workers, other_workers, done, window):
     order = Order(sizes, (1, 0), window)
-    batch, ranks = split  # 12 samples a global batch
+    batch, ranks = split  # 12 samples per global batch
     whole = global_batches(0, 12, 1, workers, 10)
     resumed = global_batches(done * 12, batch, ranks, other_workers, 10 - done)
-    fresh = Order(sizes, (1, 0), window)  # what another process makes of the same state
+    fresh = Order(sizes, (1, 0), window)  # another process with the same state
     assert [[order.sample(p) for p in part] for part in whole[done:]] == [[fresh.sample(p) for p in part] for part in resumed]
 
 
@@ -140,7 +140,7 @@ def test_each_source_of_a_mix_runs_through_its_own_positions_without_gap(weights
         seen.setdefault(source, []).append(place)
     for places in seen.values():
         assert places == list(range(places[0], places[0] + len(places)))
-    assert fresh.at(start + 2499) == mix.at(start + 2499)  # a resumed run needs nothing of what came before
+    assert fresh.at(start + 2499) == mix.at(start + 2499)  # a resumed run needs no earlier state
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1, 1], [2, 1], [1, 0.5, 0.25], [999, 1]])
@@ -175,7 +175,7 @@ def test_planning_for_1024_ranks_takes_little_time_and_memory(large, capsys):
     tracemalloc.start()
     order = Order(large, (0, 0), 8)
     times = []
-    for consumed in (0, 30_000 * SIZE_LARGE, 30_001 * SIZE_LARGE + 7, 14_195_627):  # any place, of any epoch
+    for consumed in (0, 30_000 * SIZE_LARGE, 30_001 * SIZE_LARGE + 7, 14_195_627):  # any position in any epoch
         begun = time.perf_counter()
         positions = micro_batches(consumed, BATCH_LARGE, RANKS_LARGE, 1023, WORKERS_LARGE, 5)
         drawn = [order.sample(position) for part in islice(positions, 20) for position in part]

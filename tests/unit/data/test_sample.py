@@ -1,4 +1,4 @@
-"""The shard format through its public names: round trips, what is refused, and damage of any kind."""
+"""The shard format through its public functions: round trips, refused input, and damage of any kind."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_key_that_tar_or_webdataset_would_change_is_refused(tmp_path, key):
 
 
 def test_two_samples_of_one_key_are_refused(tmp_path):
-    with pytest.raises(ShardError, match="'image_7' stands in it twice"):
+    with pytest.raises(ShardError, match="'image_7' is listed twice"):
         build_shards([1, 2, 3], lambda n: sample(n, key="image_7"), tmp_path / "set", NAMES, samples_per_shard=1)
     assert not (tmp_path / "set").exists()
 
@@ -245,10 +245,10 @@ WRONG_VALUE = png(np.full((H, W), K, np.uint8))
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"image": JPEG[: len(JPEG) // 2]}, "jpg does not decode .*[Tt]runcated"),
-        ({"image": JPEG[:2] + b"\0" * 50}, "jpg does not decode"),
-        ({"image": b""}, "jpg does not decode"),
-        ({"image": png(np.zeros((H, W), np.uint8))}, "jpg does not decode"),
+        ({"image": JPEG[: len(JPEG) // 2]}, "jpg cannot be decoded .*[Tt]runcated"),
+        ({"image": JPEG[:2] + b"\0" * 50}, "jpg cannot be decoded"),
+        ({"image": b""}, "jpg cannot be decoded"),
+        ({"image": png(np.zeros((H, W), np.uint8))}, "jpg cannot be decoded"),
         ({"image_ext": "gif"}, "unknown part 'gif'"),
         ({"height": H + 1}, "jpg is 24 x 32, not 25 x 32"),
         ({"height": "24"}, "'height' is missing or not of type int"),
@@ -256,7 +256,7 @@ WRONG_VALUE = png(np.full((H, W), K, np.uint8))
         ({"classes": (1, 3, K)}, "within 1..3"),
         ({"classes": (3, 1)}, "ascending"),
         ({"classes": (1, 1, 3)}, "ascending"),
-        ({"classes": (1,)}, r"CAM of class 3, which the image's labels \[1\]"),
+        ({"classes": (1,)}, r"CAM of class 3, which is not among the image's labels \[1\]"),
         ({"cam": replace(CAM, classes=(1,))}, "1,.* classes for maps of shape"),
         ({"cam": replace(CAM, maps_nhw=np.zeros((2, H, W), np.float32))}, "must hold classes int32, cam uint8"),
         ({"cam": replace(CAM, maps_nhw=CAM.maps_nhw.transpose(0, 2, 1))}, "does not fit an image"),
@@ -267,7 +267,7 @@ WRONG_VALUE = png(np.full((H, W), K, np.uint8))
         ({"mask": WRONG_VALUE}, "mask.png holds 4"),
         ({"seed": png(np.zeros((W, H), np.uint8))}, "seed.png is 32 x 24, not 24 x 32"),
         ({"seed": png(np.zeros((H, W, 3), np.uint8))}, "seed.png must be 8-bit grey or palette, is RGB"),
-        ({"mask": JPEG}, "mask.png does not decode"),
+        ({"mask": JPEG}, "mask.png cannot be decoded"),
     ],
 )
 def test_a_bad_sample_is_named_with_its_shard(changes, message):
@@ -348,8 +348,8 @@ def put(value, *path):
         (put("../index.tar", "shards", 0, "name"), "not a shard's name"),
         (put("x", "shards", 0, "sha256"), "not a SHA-256"),
         (put(True, "shards", 0, "bytes"), "'bytes' is missing or not of type int"),
-        (put("image_1", "shards", 0, "samples", 0, 0), "key 'image_1' stands in it twice"),
-        (put("shard-00001.tar", "shards", 0, "name"), "'shard-00001.tar' stands in it twice"),
+        (put("image_1", "shards", 0, "samples", 0, 0), "key 'image_1' is listed twice"),
+        (put("shard-00001.tar", "shards", 0, "name"), "'shard-00001.tar' is listed twice"),
         (put("a/b", "shards", 0, "samples", 0, 0), "is not .key, offset, length."),
         (put([1, 2], "shards", 0, "samples", 0), "is not .key, offset, length."),
         (put(-512, "shards", 0, "samples", 0, 1), "do not fit"),
@@ -383,7 +383,7 @@ def test_reading_a_shard_that_shrank_or_went_is_an_error(shards, tmp_path):
     entry = index.entries[1]
     file = index.root / entry.shard
     file.write_bytes(file.read_bytes()[: entry.offset + 700])
-    with pytest.raises(ShardError, match="shard-00000.tar: image_1: 700 bytes where the index has"):
+    with pytest.raises(ShardError, match="shard-00000.tar: image_1: 700 bytes, but the index has"):
         read_entry(index, entry)
     file.unlink()
     with pytest.raises(ShardError, match="shard-00000.tar: image_1: cannot be read"):
@@ -419,7 +419,7 @@ def test_members_are_those_that_tarfile_finds_in_damaged_headers_too(shards, dra
     whole, at = by_tarfile(data, entry), 0
     for body in [*whole.values()][:member]:
         at += 512 + -(-len(body) // 512) * 512
-    # tarfile refuses odd times and owners as well; these don't matter where the checksum is right.
+    # tarfile also refuses odd times and owners, which do not matter where the checksum is valid.
     places = [*range(100), *range(124, 136), 156, *range(345, 500)] if mended else [*range(512)]
     for place, value in draws.draw(st.lists(st.tuples(st.sampled_from(places), st.integers(0, 255)), max_size=3)):
         data[at + place] = value

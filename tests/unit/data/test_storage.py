@@ -1,4 +1,4 @@
-"""Shard sets at URLs: what is asked for, how often, and what is said when it does not come. Real servers: test_remote.py."""
+"""Shard sets at URLs: which requests are made, how often, and the errors. Real servers are in test_remote.py."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_no_more_is_prefetched_than_the_cache_holds_together(local, remote, tmp_
     read_entry(index, index.entries[0])
     index.storage.prefetch(index.shards)
     await_files(tmp_path / "cache", 2)
-    index.storage.prefetch(index.shards[:2])  # is begun after the one before ended
+    index.storage.prefetch(index.shards[:2])  # starts after the previous one ended
     assert {file.stem for file in (tmp_path / "cache").glob("*.tar")} == {shard.sha256 for shard in index.shards[:2]}
 
 
@@ -191,8 +191,8 @@ def await_files(directory: Path, count: int) -> None:
         (Status(503), "Status: 503, so sorry"),
         (Status(429), "Status: 429, so sorry"),
         (ConnectionResetError("gone\nfor good"), "ConnectionResetError: gone for good"),
-        (TimeoutError(), r"no whole answer within 7 s"),
-        (b"short", r"EOFError: 5 bytes came where \d+ were asked for"),
+        (TimeoutError(), r"no complete answer within 7 s"),
+        (b"short", r"EOFError: received 5 bytes instead of \d+"),
     ],
 )
 def test_faults_are_tried_again_then_told_in_one_line(local, remote, waits, fault, said):
@@ -202,7 +202,7 @@ def test_faults_are_tried_again_then_told_in_one_line(local, remote, waits, faul
     assert read_entry(index, entry) == read_entry(local, entry)
     assert len(remote.asked) == 5 and len(waits) == 3
     remote.answers = [fault] * 4
-    cure = r"look after the server, or raise data.retries \(now 3\) or data.timeout \(now 7 s\)"
+    cure = r"check the server, or raise data.retries \(now 3\) or data.timeout \(now 7 s\)"
     with pytest.raises(StorageError, match=rf"^{URL}/shard-00000.tar: {said}; tried 4 times; {cure}$"):
         read_entry(index, entry)
 
@@ -221,12 +221,12 @@ def test_waits_double_up_to_half_a_minute_and_differ(remote, waits):
     [
         (FileNotFoundError(2, "x"), "there is no such file; is the URL right"),
         (Status(404), "there is no such file; is the URL right"),
-        (PermissionError(13, "x"), r"access is refused \(PermissionError.*credentials"),
-        (Status(403), r"access is refused \(Status: 403.*credentials"),
-        (OSError("Forbidden: gs"), r"access is refused \(OSError.*credentials"),
-        (Status(416), r"the server refuses \(Status: 416.*is the shard there the one that the index describes"),
-        (ValueError("no bucket"), r"it cannot be asked for \(ValueError: no bucket\); is the URL right"),
-        (b"x" * 2_000_000, "2000000 bytes came where .* the server must know Range"),
+        (PermissionError(13, "x"), r"access is denied \(PermissionError.*credentials"),
+        (Status(403), r"access is denied \(Status: 403.*credentials"),
+        (OSError("Forbidden: gs"), r"access is denied \(OSError.*credentials"),
+        (Status(416), r"the server rejects the request \(Status: 416.*is the shard there the one that the index describes"),
+        (ValueError("no bucket"), r"it cannot be requested \(ValueError: no bucket\); is the URL right"),
+        (b"x" * 2_000_000, "received 2000000 bytes instead of .* the server must support Range"),
     ],
 )
 def test_what_cannot_get_better_is_not_tried_again(remote, waits, fault, said):
@@ -243,14 +243,14 @@ def test_a_missing_set_is_named(remote):
 
 
 def test_an_unknown_protocol_is_named():
-    with pytest.raises(StorageError, match=r"^ftq:// is unknown; shards lie in a directory or at http\(s\)://, s3:// or gs://$"):
+    with pytest.raises(StorageError, match=r"^ftq:// is not supported; use a directory or a URL with http\(s\)://"):
         Index.load("ftq://host/set")
 
 
 @pytest.mark.parametrize("protocol, package", [("http", "aiohttp"), ("s3", "s3fs"), ("gs", "gcsfs")])
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch, protocol, package):
     monkeypatch.setitem(sys.modules, package, None)
-    # Other tests may have used it by now.
+    # Other tests may have used it already.
     monkeypatch.delitem(sys.modules, f"fsspec.implementations.{protocol}", raising=False)
     monkeypatch.delitem(import_module("fsspec.registry")._registry, protocol, raising=False)
     cure = r"pip install 'weakclip\[remote\]'"
@@ -263,7 +263,7 @@ def test_a_sample_that_the_network_changed_is_read_again(local, remote, tmp_path
     index = Index.load(URL, options(tmp_path / "cache" if cache else None))
     entry = index.entries[1]
     data = bytearray((local.root / entry.shard).read_bytes())
-    data[entry.offset + 5000] ^= 0xFF  # in the picture, whose PNG has a checksum
+    data[entry.offset + 5000] ^= 0xFF  # in the image, whose PNG has a checksum
     remote.answers = [bytes(data) if cache else bytes(data[entry.offset : entry.offset + entry.length])]
     assert (load(index, entry).image == load(local, entry).image).all()
     assert len(remote.asked) == 3
@@ -290,7 +290,7 @@ def test_a_shard_that_is_another_than_the_indexs_is_fetched_twice_then_refused(r
 def test_a_cache_that_cannot_be_written_is_named_with_the_option(remote, tmp_path):
     (tmp_path / "file").touch()
     index = Index.load(URL, options(tmp_path / "file"))
-    with pytest.raises(StorageError, match=f"{tmp_path}/file: cannot hold {URL}/shard-00000.tar .*set data.cache to another"):
+    with pytest.raises(StorageError, match=f"{tmp_path}/file: cannot store {URL}/shard-00000.tar .*set data.cache to another"):
         read_entry(index, index.entries[0])
 
 

@@ -1,4 +1,4 @@
-"""Shards to batches: the same for any number of ranks and workers, around bad samples, resumable."""
+"""From shards to batches: the same for any number of ranks and workers, with bad samples skipped, and resumable."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_damaged_jpeg_is_noticed_though_it_is_decoded_last(tmp_path, make_shar
     found = batches(index, tiny_config("train.batch=1"), 3)
     assert "image_1" not in [batch.keys[0] for batch in found]
     (message,) = [message for batch in found for message in batch.bad]
-    assert "shard-00000.tar: image_1: jpg does not decode" in message
+    assert "shard-00000.tar: image_1: jpg cannot be decoded" in message
 
 
 @pytest.mark.parametrize("workers", [0, 1])

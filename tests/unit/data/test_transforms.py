@@ -1,4 +1,4 @@
-"""Augmentation: the published crops, image and seed together, drawn from the generator alone; colours move as HSV says."""
+"""Augmentation: the published crops of image and seed, drawn only from the generator, and photometric distortion in HSV."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_with_a_resize_image_and_seed_stay_together(number):
     image_HW3, seed_HW = augment(*coordinates(96, 64), generator(number), config(ratio=[0.7, 2.0]), (96, 64))[:2]
     inside_HW = seed_HW != 255
     matches = (seed_HW == seed_of(image_HW3[..., 0], image_HW3[..., 1]))[inside_HW]
-    assert matches.mean() > 0.85  # borders of the blocks differ: bilinear against nearest
+    assert matches.mean() > 0.85  # borders of the blocks differ, bilinear against nearest
 
 
 def test_crops_and_flips_move_over_the_whole_image():
@@ -147,7 +147,7 @@ def test_a_crop_of_mostly_one_class_is_drawn_again():
 
 def test_ignored_pixels_do_not_count_in_a_crops_shares():
     seed_HW = np.full((48, 640), 255, np.uint8)
-    seed_HW[:, ::4], seed_HW[:, 1::4] = 0, 1  # half and half of what is seeded
+    seed_HW[:, ::4], seed_HW[:, 1::4] = 0, 1  # each is half of the seeded pixels
     first = [
         augment(np.zeros((48, 640, 3), np.uint8), seed_HW, generator(7), config(max_class_share=s), (640, 48))[1]
         for s in (0.6, 1)
@@ -175,7 +175,7 @@ def test_crops_are_those_of_the_published_order_of_work(H, W, number, values, cr
     want_image, want_seed = published(image_HW3, seed_HW, generator(number), options, (120, 60))
     image, seed, _ = transforms.augment(lambda least: image_HW3, seed_HW, likely, generator(number), options, (120, 60))
     np.testing.assert_array_equal(seed, want_seed)
-    # Noise is the worst there is: a neighbour may differ by 255, of which 1/64 is 4, along both axes, and all is rounded.
+    # Noise is the worst case: a neighbour may differ by 255, of which 1/64 is 4, along both axes, and values are rounded.
     assert np.abs(image.astype(int) - want_image).max() <= 9
 
 

@@ -1,4 +1,4 @@
-"""Readers of published CAM files: every layout, and that nothing in a file is ever run."""
+"""Readers of published CAM files: every layout is read, and no code in a file is ever executed."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ np.save(GOOD, {2: MAP[::4, ::4]}, allow_pickle=True)
 def test_a_damaged_cam_file_is_an_error_or_still_a_cam(tmp_path_factory, changes):
     data = bytearray(GOOD.getvalue())
     for place, value in changes:
-        data[int(place**3 * len(data))] = value  # mostly in the first part, which is not the map's numbers
+        data[int(place**3 * len(data))] = value  # mostly in the first part, before the numbers of the map
     file = tmp_path_factory.getbasetemp() / "damaged.npy"
     file.write_bytes(data)
     with suppress(ShardError):

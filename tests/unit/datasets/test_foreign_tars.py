@@ -1,4 +1,4 @@
-"""Tar shards that other tools made: GNU tar's dialects and Python's, any order of members; and what is refused by name."""
+"""Tar shards of other tools: dialects of GNU tar and Python, any order of members, and errors that name the member."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets in their own layouts: COCO, PASCAL VOC, a folder with a CSV; and their classes in another list."""
+"""Data sets in their own layouts: COCO, PASCAL VOC, a folder with a CSV; and mapping to another class list."""
 
 from __future__ import annotations
 

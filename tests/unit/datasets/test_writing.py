@@ -1,4 +1,4 @@
-"""Shard sets in the making: stopped and gone on with, by one process or many jobs."""
+"""Writing shard sets: interrupted and resumed, by one process or many jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The synthetic world's backbones: files that the networks' readers take, and labels that pictures carry."""
+"""The synthetic world's backbones: files that the networks can read, and labels of images."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_the_vit_sees_what_the_small_clip_sees():
         theirs = backbones.last_tokens(backbones.small_clip(), x_B3HW)
         [ours] = network.maps(x_B3HW)
     assert torch.cosine_similarity(ours, theirs).mean() > 0.9
-    assert torch.cosine_similarity(ours, theirs.roll(1, 0)).mean() < 0.8  # of other pictures
+    assert torch.cosine_similarity(ours, theirs.roll(1, 0)).mean() < 0.8  # of other images
 
 
 def test_a_backbone_learns_what_the_small_clip_sees(tmp_path, monkeypatch, capsys):

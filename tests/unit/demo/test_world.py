@@ -1,4 +1,4 @@
-"""The synthetic world is reproducible and true to its masks and captions, and the shipped CLIP knows its words."""
+"""The synthetic world is reproducible and matches its masks and captions, and the shipped CLIP knows its words."""
 
 import numpy as np
 import pytest
@@ -103,8 +103,8 @@ def test_a_new_tower_looks_at_what_is_alike_and_near_first():
 
 def test_the_card_counts_what_the_masks_show(pictures):
     found = {row[0]: row[1] for row in statistics.statistics(7, 50).rows}
-    assert found["objects a picture"] == pytest.approx(np.mean([len(picture.classes) for picture in pictures]))
+    assert found["objects per image"] == pytest.approx(np.mean([len(picture.classes) for picture in pictures]))
     shares = [100 * np.mean(picture.mask > 0) for picture in pictures]
     assert found["foreground, % of the pixels"] == pytest.approx(np.mean(shares))
     objects = sum(len(picture.classes) for picture in pictures)
-    assert found["an object, % of its picture: mean"] == pytest.approx(sum(shares) / objects)
+    assert found["an object, % of its image: mean"] == pytest.approx(sum(shares) / objects)

@@ -60,9 +60,9 @@ def test_by_hand():
     truth_HW[2:6, 2:6] = 1
     prediction_HW[2:6, 3:7] = 1
     counts = boundary_counts(truth_HW, prediction_HW, 3)
-    # Rings of 12: 3 + 3 pixels of the horizontal sides lie on each other; of the vertical ones none more.
+    # Rings of 12 pixels: 3 + 3 pixels of the horizontal sides coincide, and no others of the vertical ones.
     assert counts[1].tolist() == [6, 18]
-    # Background: all 48 true pixels are at the square or the border, and all but 6 of the predicted; 4 of these are truly square.
+    # Background: all 48 true pixels are at the square or the border, and all but 6 of the predicted, 4 of which are truly square.
     assert counts[0].tolist() == [38, 52] and counts[2].tolist() == [0, 0]
 
 

@@ -1,4 +1,4 @@
-"""The released code's numbers, step by step; and the comparison itself, on a set of other sizes."""
+"""The released code's numbers, step by step, and the comparison itself, on a set of other sizes."""
 
 from __future__ import annotations
 

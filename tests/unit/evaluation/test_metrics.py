@@ -1,4 +1,4 @@
-"""IoU, precision and recall by hand and against torchmetrics."""
+"""IoU, precision and recall against values by hand and torchmetrics."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_torchmetrics_gives_the_same_for_81_classes(classification, case):
         (scores.precision, classification.multiclass_precision),
         (scores.recall, classification.multiclass_recall),
     ):
-        # Theirs is 0 where there is no value, which their mean of precisions and recalls takes in.
+        # torchmetrics gives 0 where there is no value, and includes it in its mean of precisions and recalls.
         np.testing.assert_allclose(np.nan_to_num(ours), theirs(*pair, **common, average="none").numpy(), atol=1e-6)
     true, predicted = (set(values[truth_HW != 255].tolist()) for values in (truth_HW, prediction_HW))
     for values, defined in ((scores.iou, true | predicted), (scores.precision, predicted), (scores.recall, true)):
@@ -137,7 +137,7 @@ def test_the_table_has_a_row_a_class_and_a_dash_for_absent_ones():
 
 
 def test_another_size_or_class_is_refused():
-    with pytest.raises(ValueError, match=r"prediction is \(3, 2\), truth is \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"shape mismatch: the prediction is \(3, 2\), the truth \(2, 3\)"):
         confusion(TRUTH_HW, PREDICTION_HW.T, 3)
     with pytest.raises(ValueError, match="prediction holds class 255, but there are 3"):
         confusion(TRUTH_HW, np.full((2, 3), 255, np.uint8), 3)

@@ -1,4 +1,4 @@
-"""Scores counted shard by shard: any number of jobs gives the scores of one, and scores of other masks count for nothing."""
+"""Scores counted shard by shard: independent of the number of jobs, and counts of other masks are ignored."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_boundaries_are_scored_over_all_samples_together(shards):
     """48 x 64: boundaries are 2 pixels wide. In one of four images the cat, 48 x 32, is missing."""
     found = scoring.score(samples(shards), lambda sample: sample.mask * (sample.key != "image_2"), NAMES)
     half, whole = 48 * 32 - 44 * 28, 48 * 64 - 44 * 60
-    both = 4 * 32 + 2 * 44  # the half's three sides that are the image's
+    both = 4 * 32 + 2 * 44  # the three sides of the half on the image's border
     assert found.boundary_iou[:2] == ((3 * half + both) / (3 * half + half + whole - both), 3 / 4)
 
 

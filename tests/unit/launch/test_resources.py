@@ -1,4 +1,4 @@
-"""What a job asks for: defaults of a YAML, options over them, and Slurm's words for both."""
+"""Resources of a job: defaults from a YAML, overriding options, and the parameters for Slurm."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_stage_comes_before_the_file_and_the_command_line_before_both(tmp_path
 
 def test_without_a_file_the_defaults_are_the_programs(tmp_path):
     assert Resources.read(None, {}) == Resources.read(written(tmp_path, ""), {}) == Resources()
-    assert Resources.read(None, {"gpus_per_node": 0}).gpus_per_node == 0  # which is not "none given"
+    assert Resources.read(None, {"gpus_per_node": 0}).gpus_per_node == 0  # different from "not given"
 
 
 def test_every_plain_field_is_an_option():
@@ -61,8 +61,8 @@ def test_the_repositorys_examples_are_read(repo):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("nodez: 2", "cluster.yaml: unknown key 'nodez'; there are nodes, gpus_per_node, .*, stages"),
-        ("stages: {train: {nodez: 2}}", "stages.train: unknown key 'nodez'; there are nodes"),
+        ("nodez: 2", "cluster.yaml: unknown key 'nodez'; the keys are nodes, gpus_per_node, .*, stages"),
+        ("stages: {train: {nodez: 2}}", "stages.train: unknown key 'nodez'; the keys are nodes"),
         (
             "stages: {polish: {nodes: 2}}",
             "stages.polish: no such stage; the stages are shards, classify, cam, train, pseudo, retrain, test, evaluate",
@@ -222,5 +222,5 @@ def test_a_machine_without_slurm_runs_what_fits_on_it():
 def test_a_machine_without_slurm_is_one_node_and_starts_no_container():
     with pytest.raises(ConfigError, match="nodes: 2, but there is only this machine without Slurm"):
         Resources(nodes=2).local()
-    with pytest.raises(ConfigError, match="container: only Slurm starts containers; run this command inside the container instead"):
+    with pytest.raises(ConfigError, match="container: only Slurm starts containers; run this command inside it instead"):
         Resources(container="image.sif").local()

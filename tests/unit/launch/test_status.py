@@ -1,4 +1,4 @@
-"""launch/status.py: how jobs are, from what was noted when they were submitted, their logs, and Slurm."""
+"""launch/status.py: the state of jobs, from the journal, their logs, and Slurm."""
 
 from __future__ import annotations
 

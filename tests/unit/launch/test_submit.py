@@ -1,4 +1,4 @@
-"""launch/submit.py: what would be submitted, what is skipped, what is refused before anything is, and what Slurm is told."""
+"""launch/submit.py: what is submitted, skipped, and refused before any submission, and the requests to Slurm."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_an_array_that_makes_cams_has_a_part_for_each_shard_of_the_labelled_set(
     said = capsys.readouterr().out
     stages = [line.removeprefix("# ---- ") for line in said.splitlines() if line.startswith("# ----")]
     assert stages[:3] == ["cam: an array of 7 tasks", "train: one job", "pseudo: an array of 7 tasks"]
-    assert "--array-size 21: there are 20 shards" in refused(capsys, command("cam", "--array-size", "21", *labelled))
+    assert "--array-size 21: there are only 20 shards" in refused(capsys, command("cam", "--array-size", "21", *labelled))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_an_unknown_stage_is_refused(command, capsys):
         ("train", ["--time", "soon"], "command line: time: 'soon' is not a Slurm time"),
         ("train", ["--defaults", "none.yaml"], "none.yaml: no such file; it should hold cluster defaults"),
         ("pseudo", ["--array-size", "21"], "--array-size 21: there are only 20 shards, and each task needs at least one"),
-        ("all", ["--array-size", "21"], "--array-size 21: there are 20 shards"),
+        ("all", ["--array-size", "21"], "--array-size 21: there are only 20 shards"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_submitted(command, capsys, run, tmp_path, stage, more, message):
@@ -232,9 +232,9 @@ def test_masks_of_weights_that_are_gone_are_refused(command, config, run, capsys
 
 def test_a_run_that_is_worked_on_is_refused(command, run, capsys, tmp_path):
     run.mkdir()
-    lock.take(RunDir(run))  # by this process, which lives
+    lock.take(RunDir(run))  # by this process, which is running
     assert f"run: {run} is in use by" in refused(capsys, command("train"))
-    submit.main(command("train", "--dry-run"))  # does no harm
+    submit.main(command("train", "--dry-run"))  # changes nothing
     assert not (run / "jobs").exists() and not submitted(tmp_path)
 
 
@@ -242,7 +242,7 @@ def test_a_run_whose_job_waits_is_refused(command, run, capsys, tmp_path, progra
     (run / "jobs").mkdir(parents=True)
     journal.add(RunDir(run), Submission.of("train", "41", None, "slurm", run / "jobs/1-train", []))
     programs(squeue='[ "$2" = --jobs=41 ] && echo PENDING')
-    assert f"run: job 41 (train) is pending or running; cancel it: scancel 41" in refused(capsys, command("train"))
+    assert f"run: {run} has job 41 (train); wait, or cancel it with: scancel 41" in refused(capsys, command("train"))
     assert not submitted(tmp_path)
     programs(squeue="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     submit.main(command("train"))

@@ -1,4 +1,4 @@
-"""The dense CRF against the released code's, and what `refine` does with classes that do not occur."""
+"""The dense CRF against the released code's, and `refine` with classes that do not occur."""
 
 from __future__ import annotations
 

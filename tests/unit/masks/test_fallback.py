@@ -1,4 +1,4 @@
-"""Images too large for memory, and errors that are not taken for want of it."""
+"""Images too large for memory, and errors that are not mistaken for out of memory."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_an_image_too_large_is_done_in_parts_and_said_to_be(tiny_config, weights
     monkeypatch.setattr(sliding_window, "predict_tiles", too_large)
     out = run(config, str(shards.root), weights, tmp_path / "out", "0")
     one, strips, *_ = caplog.messages
-    assert one == "image_0: 70 x 90 pixels do not fit into memory; trying again with one window at a time"
-    assert strips == "image_0: 70 x 90 pixels do not fit into memory; trying again strip by strip"
+    assert one == "image_0: out of memory with 70 x 90 pixels; trying again with one window at a time"
+    assert strips == "image_0: out of memory with 70 x 90 pixels; trying again strip by strip"
     for key in ("image_0", "image_1"):
         assert (mask_folder.read(out, key) == np.array(Image.open(tmp_path / "want" / f"{key}.png"))).mean() > 0.999
     assert {*written(out)} == {name for name in want if "_0" in name or "_1" in name}
@@ -61,7 +61,7 @@ def test_an_image_too_large_even_in_parts_is_an_error_that_names_it(tiny_config,
 
     monkeypatch.setattr(sliding_window, "predict_tiles", too_large)
     monkeypatch.setattr(sliding_window, "predict_in_strips", too_large)
-    with pytest.raises(ValueError, match="image_0: 70 x 90 pixels do not fit into memory, not even strip by strip"):
+    with pytest.raises(ValueError, match="image_0: out of memory with 70 x 90 pixels, even strip by strip"):
         run(tiny_config(), str(shards.root), weights, tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""The folder of masks: whose masks it holds, and reading them."""
+"""The folder of masks: its provenance, and reading the masks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_folder_that_another_task_is_just_claiming_is_no_strangers(tiny_config
 
 def test_a_folder_of_other_files_is_refused(tiny_config, weights, tmp_path):
     (tmp_path / "out").mkdir()
-    mask_folder.open_for_writing(tmp_path / "out", MaskSettings.of(tiny_config()), weights)  # empty: taken
+    mask_folder.open_for_writing(tmp_path / "out", MaskSettings.of(tiny_config()), weights)  # an empty folder is accepted
     (tmp_path / "out/about.json").rename(tmp_path / "out/photo.png")
     with pytest.raises(ConfigError, match="out holds files that are not pseudo masks; choose another --out"):
         mask_folder.open_for_writing(tmp_path / "out", MaskSettings.of(tiny_config()), weights)
@@ -81,5 +81,5 @@ def test_a_missing_damaged_or_coloured_mask_is_named(tmp_path):
         with pytest.raises(ValueError, match=r"here.png: .*; remove it and run python -m weakclip.pseudo again"):
             mask_folder.read(tmp_path, "here")
     Image.new("RGB", (W, H)).save(tmp_path / "here.png")
-    with pytest.raises(ValueError, match="here.png: a mask is an 8-bit palette or grey PNG, this is RGB"):
+    with pytest.raises(ValueError, match="here.png: must be an 8-bit palette or grey PNG, is RGB"):
         mask_folder.read(tmp_path, "here")

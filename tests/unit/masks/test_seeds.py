@@ -17,7 +17,7 @@ MAPS_2HW = np.array([[[0.1, 0.5, 0.9, 0.3]], [[0.2, 0.6, 0.1, 0.3]]], np.float32
 
 def test_a_seed_takes_the_strongest_class_is_ignored_in_between_and_background_below():
     assert cam_to_seed(MAPS_2HW, (4, 7), 0.3, 0.7).tolist() == [[0, 255, 4, 255]]
-    assert cam_to_seed(MAPS_2HW, (4, 7), 0.3).tolist() == [[0, 7, 4, 4]]  # a threshold that is reached is passed; first wins
+    assert cam_to_seed(MAPS_2HW, (4, 7), 0.3).tolist() == [[0, 7, 4, 4]]  # a threshold passes itself; the first class wins a tie
 
 
 def test_a_refined_seed_is_what_the_crf_decides_at_both_thresholds():

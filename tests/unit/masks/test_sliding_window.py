@@ -1,4 +1,4 @@
-"""Sliding windows, scales and mirror images."""
+"""Sliding windows, multi-scale and flip."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_overlapping_windows_are_averaged():
     x_3HW = torch.zeros(3, 32, 80)
     x_3HW[0] = torch.arange(80) // 8
     logits_2HW = slide(MeanOfWindow().predictor(), x_3HW, settings(window=32, stride=24, window_batch=2))
-    # Windows at 0, 24 and 48 with means 1.5, 4.5, 7.5; the fourth and the seventh group of columns lie in two of them.
+    # Windows at 0, 24 and 48 with means 1.5, 4.5, 7.5; the fourth and the seventh group of columns are in two of them.
     assert logits_2HW[0, 0, ::8].tolist() == pytest.approx([1.5, 1.5, 1.5, 3.0, 4.5, 4.5, 6.0, 7.5, 7.5, 7.5])
     assert logits_2HW[1, 0, ::8].tolist() == pytest.approx([2, 2, 2, 2, 2, 2, 1.5, 1, 1, 1])  # batches of two and of one
 
@@ -106,7 +106,7 @@ def test_probabilities_are_averaged_over_scales_and_mirror_images():
     with_all = predict(model.predictor(), image_HW3, settings(scales=[0.5, 1.0], flip=True, window=512, window_batch=1), SCALE)
     assert [shape[2:] for shape in model.shapes] == [(32, 48), (32, 48), (64, 96), (64, 96)]
     parts = [predict(model.predictor(), image_HW3, settings(scales=[s], window=512), SCALE) for s in (0.5, 1.0)]
-    torch.testing.assert_close(with_all, sum(parts) / 2)  # a mean does not change in the mirror
+    torch.testing.assert_close(with_all, sum(parts) / 2)  # the mean does not change with a flip
 
 
 def test_one_pass_is_the_softmax_of_logits_at_the_images_size():

@@ -1,4 +1,4 @@
-"""The way from windows' logits to probabilities at the image's size, against the plain order of work."""
+"""Upsampling windows' logits to probabilities at the image's size, against a plain implementation."""
 
 from __future__ import annotations
 

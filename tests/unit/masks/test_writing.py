@@ -1,4 +1,4 @@
-"""Writing masks: their pixels; arrays, restarts, full disks and broken networks; and what is said of them."""
+"""Writing masks: their pixels; arrays, restarts, full disks and broken networks; and the messages."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half(tiny_config, weights, s
         if not path.name.startswith(name):
             return write_bytes(path, data)
         write_bytes(path, data[:100])
-        raise OSError(28, "No space left on device")  # as write(2) fails: without a name
+        raise OSError(28, "No space left on device")  # as when write(2) fails, without a file name
 
     monkeypatch.setattr(Path, "write_bytes", fill)
     with pytest.raises(OSError, match=f"No space left on device: '.*out/{name}'"):

@@ -1,4 +1,4 @@
-"""The frozen towers: every way to store their weights, what is refused, and the same numbers as open_clip's own forward."""
+"""The frozen towers: every format of their weights, refused files, and the same numbers as open_clip's own forward."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def features(clip: FrozenClip) -> list[torch.Tensor]:
 def test_archive_checkpoint_and_directory_give_the_same_features(tmp_path, named, tiny_clip, make_tiny_clip, openai_archive):
     clip = make_tiny_clip()
     for parameter in clip.parameters():
-        parameter.data = parameter.data.half().float()  # so that the archive's fp16 loses nothing
+        parameter.data = parameter.data.half().float()  # so that fp16 in the archive is exact
     openai_archive(clip, tmp_path / "openai.pt")
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, tmp_path / "train.pt")
     torch.save(clip.state_dict(), tmp_path / "plain.pt")
@@ -126,7 +126,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path, named, make_tiny_
 
 
 def test_a_directory_and_a_model_name_exclude_each_other(tiny_clip, named):
-    with pytest.raises(ConfigError, match="clip.model must be null when clip.pretrained is .*tiny, which says its own"):
+    with pytest.raises(ConfigError, match="clip.model must be null when clip.pretrained is .*tiny, which states its own"):
         FrozenClip(config(tiny_clip, named), 8)
 
 
@@ -149,9 +149,9 @@ def test_a_directory_whose_config_is_none_is_refused(tmp_path, make_tiny_clip, t
 @pytest.mark.parametrize(
     "model, message",
     [
-        (None, "open_clip knows no None"),
-        ("ViT-B-61", "open_clip knows no 'ViT-B-61'"),
-        ("ViT-B-32", "patch 32 is not supported; take a ViT with patch 14 or 16"),
+        (None, "open_clip has no model None"),
+        ("ViT-B-61", "open_clip has no model 'ViT-B-61'"),
+        ("ViT-B-32", "patch 32 is not supported; use a ViT with patch 14 or 16"),
         ("RN50", "only CLIPs with a plain ViT"),
         ("ViT-B-16-SigLIP", "only CLIPs with a plain ViT"),
         ("roberta-ViT-B-32", "only CLIPs with a plain ViT"),
@@ -168,7 +168,7 @@ def test_an_architecture_that_cannot_be_used_is_named(model, message):
 def test_image_sizes_and_lengths_that_do_not_fit_are_refused(tiny_clip):
     with pytest.raises(ConfigError, match="clip.image_size is 70; it must be a multiple of the patch, 16"):
         FrozenClip(ClipConfig(model=None, pretrained=str(tiny_clip), image_size=70), 8)
-    with pytest.raises(ConfigError, match="clip.name_tokens . prompts.length is 17, .* at most 16 tokens"):
+    with pytest.raises(ConfigError, match="clip.name_tokens . prompts.length, .* has 17 tokens, .* at most 16"):
         FrozenClip(config(tiny_clip), 12)
 
 
@@ -239,7 +239,7 @@ def test_stochastic_depth_acts_when_asked_for_and_is_linear_over_the_blocks(tiny
     assert still.taps[3].equal(tower(images_B3HW).taps[3])
     torch.testing.assert_close(moved.taps[0], still.taps[0])  # the first block is never dropped
     assert all(len(tap.flatten(1).unique(dim=0)) > 1 for tap in moved.taps[1:])
-    # Whole branches go, sample by sample: of attention and MLP each is there or not.
+    # Whole branches are dropped per sample: attention and MLP each are present or not.
     assert len(moved.taps[1].flatten(1).unique(dim=0)) <= 4
 
 

@@ -1,4 +1,4 @@
-"""Loading a trained WeakCLIP: the same model again, or one clear line on what does not fit."""
+"""Loading a trained WeakCLIP: the same model again, or a one-line error that names what does not match."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses against the released code's values, and small cases by hand."""
+"""The losses against the released code's values, and in small cases computed by hand."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_target_is_the_released_one(case):
 
 # ------------------------------------------------------------------------------------------------------------ seeding
 
-# Two images of four pixels; p of the seeded class is 0.5 throughout, but 0.25 at the first image's one foreground pixel.
+# Two images of four pixels; p of the seeded class is 0.5 except at the first image's only foreground pixel, where it is 0.25.
 PROBS = torch.full((2, 3, 2, 2), 0.25)
 PROBS[:, 0] = 0.5
 SEEDS = torch.tensor([[[0, 0], [1, 255]], [[0, 255], [255, 255]]])
@@ -90,7 +90,7 @@ SEEDS = torch.tensor([[[0, 0], [1, 255]], [[0, 255], [255, 255]]])
 
 def test_balanced_seeding_averages_foreground_and_background_apart_image_by_image():
     background = math.log(2)  # both images
-    foreground = (math.log(4) + 0) / 2  # the second image has none, and counts in the mean over images
+    foreground = (math.log(4) + 0) / 2  # the second image has none, but counts in the mean over images
     assert seeding_loss(PROBS, SEEDS, balance=True).item() == pytest.approx(background + foreground)
 
 

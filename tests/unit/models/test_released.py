@@ -1,4 +1,4 @@
-"""Released checkpoints <-> ours: names, values, the 91-way head, and what is refused."""
+"""Conversion between released checkpoints and ours: names, values, the 91-way head, and refused files."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_run_goes_to_the_released_layout_and_comes_back_as_the_same_model(
     weights.save(tiny_model(), Path(config.run) / "weights/best.safetensors", step=7)
     save(config, Path(config.run) / "config.yaml")
     run(config.run, tmp_path / "run.pth")
-    # The tiny CLIP's heads are 16 wide, which no shape tells; OpenAI's are 64, and the converter takes them so.
+    # The tiny CLIP's heads are 16 wide, which no shape shows; the converter assumes 64, as in OpenAI's models.
     ours = released.read(tmp_path / "run.pth", str(names_file)).ours
     run(config.run, tmp_path / "whole.safetensors")
     caplog.clear()
@@ -182,7 +182,7 @@ def test_a_91_way_head_is_cut_to_81_ways_exactly(raw_model, tiny_recipe, tmp_pat
         raw, cut = raw_model(x_B3HW), model(x_B3HW)
     classes = list(labels.COCO_RAW_IDS[:81])
     assert cut.logits_BKhw.shape[1] == cut.scores_BKhw.shape[1] == 81
-    # The same numbers, added up in another order.
+    # The same numbers, summed in another order.
     torch.testing.assert_close(cut.logits_BKhw, raw.logits_BKhw[:, classes], rtol=0, atol=1e-5)
     torch.testing.assert_close(cut.scores_BKhw, raw.scores_BKhw[:, classes], rtol=0, atol=1e-6)
 
@@ -215,12 +215,12 @@ def save_changed(released_file: Path, path: Path, drop: str = "", **changes: tor
 @pytest.mark.parametrize(
     "drop, changes, message",
     [
-        ("neck.fpn_convs.2", {}, "missing keys .2.: neck.fpn_convs.2.conv.weight, neck.fpn_convs.2.conv.bias; take a check"),
-        ("resblocks.1.", {}, "missing keys .12.: backbone.transformer.resblocks.1.*, .* and 2 more; take"),
-        ("", {"neck.more": torch.zeros(1), "own.thing": torch.zeros(1)}, "unexpected keys .2.: neck.more, own.thing; take"),
-        ("", {"gamma": torch.zeros(7)}, r"shape mismatch .1.: gamma is \[7\], not \[32\]; take"),
-        ("backbone.class_embedding", {}, "no released WeakCLIP on a ViT; it lacks backbone.class_embedding"),
-        ("", {"backbone.conv1.weight": torch.zeros(3)}, "no released WeakCLIP on a ViT; it lacks backbone.conv1.weight"),
+        ("neck.fpn_convs.2", {}, "missing keys .2.: neck.fpn_convs.2.conv.weight, neck.fpn_convs.2.conv.bias; use a check"),
+        ("resblocks.1.", {}, "missing keys .12.: backbone.transformer.resblocks.1.*, .* and 2 more; use"),
+        ("", {"neck.more": torch.zeros(1), "own.thing": torch.zeros(1)}, "unexpected keys .2.: neck.more, own.thing; use"),
+        ("", {"gamma": torch.zeros(7)}, r"shape mismatch .1.: gamma is \[7\], not \[32\]; use"),
+        ("backbone.class_embedding", {}, "not a released WeakCLIP on a ViT; missing keys: backbone.class_embedding"),
+        ("", {"backbone.conv1.weight": torch.zeros(3)}, "not a released WeakCLIP on a ViT; missing keys: backbone.conv1.weight"),
     ],
 )
 def test_missing_unknown_and_reshaped_tensors_are_listed(released_file, tmp_path, names_file, drop, changes, message):
@@ -243,7 +243,7 @@ def test_a_clip_that_lost_its_last_block_is_refused(repo):
 
 def test_a_resnets_checkpoint_is_refused_as_one(tmp_path):
     torch.save({"state_dict": {"backbone.layer1.0.conv1.weight": torch.zeros(1), "gamma": torch.zeros(1)}}, tmp_path / "rn.pth")
-    with pytest.raises(ConfigError, match="rn.pth: no released WeakCLIP on a ViT; it lacks contexts, backbone.class_embedding"):
+    with pytest.raises(ConfigError, match="rn.pth: not a released WeakCLIP on a ViT; missing keys: contexts, backbone"):
         run(tmp_path / "rn.pth", tmp_path / "out.safetensors")
 
 
@@ -262,7 +262,7 @@ def test_a_converted_file_is_not_loaded_for_other_classes(released_file, tiny_co
 
 def test_the_trainable_part_alone_and_the_released_layout_say_what_to_do(tiny_model, released_file, tiny_config, tmp_path):
     weights.save(tiny_model(), tmp_path / "last.safetensors", step=1)
-    with pytest.raises(ConfigError, match="last.safetensors: a run's trainable part without its CLIP; give the run's directory"):
+    with pytest.raises(ConfigError, match="last.safetensors: a run's trainable part without its CLIP; give the run directory"):
         run(tmp_path / "last.safetensors", tmp_path / "out.pth")
     for wrong in (
         lambda: load_weakclip(tiny_config(), released_file),
@@ -276,7 +276,7 @@ def test_the_trainable_part_alone_and_the_released_layout_say_what_to_do(tiny_mo
 
 def test_a_clip_has_no_place_in_the_released_layout(make_tiny_clip, openai_archive, tmp_path):
     openai_archive(make_tiny_clip(), tmp_path / "openai.pt")
-    with pytest.raises(ConfigError, match="out.pth: a CLIP alone has no place in the released layout"):
+    with pytest.raises(ConfigError, match="out.pth: the released layout cannot hold a CLIP alone"):
         run(tmp_path / "openai.pt", tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
 
@@ -299,7 +299,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_nothing_runs(released_f
             run(tmp_path / "bad.pth", tmp_path / "out.safetensors", "--classes", names_file)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out.safetensors").exists()
     torch.load(tmp_path / "bad.pth", weights_only=False)
-    assert (tmp_path / "ran").exists()  # the payload works, where it is let
+    assert (tmp_path / "ran").exists()  # the payload works where pickles may run code
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 0.9, 0.999])
@@ -314,7 +314,7 @@ def test_a_truncated_checkpoint_is_one_clear_error(released_file, tmp_path, name
 def test_heads_that_were_never_in_a_released_model_are_left_out_and_named(released_file, tmp_path, names_file, capsys):
     path = save_changed(released_file, tmp_path / "more.pth", **{"auxiliary_head.conv_seg.bias": torch.zeros(4)})
     run(path, tmp_path / "out.safetensors", "--classes", names_file)
-    assert "not used: auxiliary_head.conv_seg.bias: no part of the published recipe" in capsys.readouterr().out
+    assert "not used: auxiliary_head.conv_seg.bias: not part of the published recipe" in capsys.readouterr().out
     assert not any("auxiliary_head" in name for name in load_file(tmp_path / "out.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""What is trained and what is frozen: counts, gradients, memory; and the parts' shapes."""
+"""Trainable and frozen parameters: counts, gradients, memory; and the shapes of the parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MCTformer: its tokens and heads, the weights it begins from, and the maps it gives."""
+"""MCTformer: its tokens and heads, pretrained weights, and maps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_parameter_of_deit_small_for_voc_is_counted_and_trained():
     """
     network = MCTformer(21, image_size=32)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    positions = (14**2 - 2**2) * 384  # of the 224 x 224 pixels that were not built here
+    positions = (14**2 - 2**2) * 384  # those of 224 x 224 pixels that this network lacks
     assert parameters + positions == 22_050_664 - 385_000 - 2 * 384 + 19 * 2 * 384 + 20 * (384 * 9 + 1) == 21_748_628
     sum(mctformer.losses(network(torch.randn(1, 3, 32, 32)), torch.ones(1, 20)).values()).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
@@ -125,7 +125,7 @@ def test_refinement_gives_each_patch_what_it_takes():
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_maps_at_one_size_are_refined_then_stretched(network, image_HW3, steps):
-    image_13HW = IMAGENET.apply(torch.from_numpy(image_HW3).permute(2, 0, 1)[None].float())  # of `scale`'s size already
+    image_13HW = IMAGENET.apply(torch.from_numpy(image_HW3).permute(2, 0, 1)[None].float())  # already has the size of `scale`
     maps_BChw, affinity_BLL = network.maps(image_13HW, 2)
     maps_nL = cam_mctformer.refine(maps_BChw[0, [0, 2]].flatten(1), affinity_BLL[0], steps)
     options = OPTIONS | {"scale": [96, 64], "size": (4, 6), "attention_blocks": 2, "affinity_steps": steps}
@@ -266,7 +266,7 @@ def test_a_file_that_is_missing_or_no_weights_is_refused(tmp_path, network):
 
 @pytest.mark.parametrize("name", ["resnet18", "test_vit2", "deit_tiny_distilled_patch16_224", "vit_base_patch32_clip_224"])
 def test_a_backbone_that_is_no_plain_vit_is_refused(name):
-    with pytest.raises(ConfigError, match=f"{name} is no plain ViT"):
+    with pytest.raises(ConfigError, match=f"{name} is not a plain ViT"):
         MCTformer(4, name)
 
 
@@ -309,7 +309,7 @@ def test_trained_on_labels_alone_it_finds_the_squares():
     hits = []
     for _ in range(8):
         image_HW3, corners = picture(generator, [0, 1, 2])
-        # No affinity: patches attend to their like in a pretrained ViT, but nothing here teaches this one to.
+        # Without affinity: in a pretrained ViT patches attend to similar ones, but this one has not learnt it.
         options = OPTIONS | {"scale": [128, 128], "size": (32, 32), "flip": True, "affinity_steps": 0}
         maps_nhw = cam_mctformer.activation_maps(network, image_HW3, [1, 2, 3], **options)
         for map_hw, (top, left) in zip(maps_nhw, corners, strict=True):

@@ -1,4 +1,4 @@
-"""The networks for retraining: shapes, parameters, and strict loading of the files that their libraries write."""
+"""The networks for retraining: shapes, parameters, and strict loading of their libraries' files."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_every_parameter_learns(name, network):
     network.train()
     loss = F.cross_entropy(network(images(2, 64, 64)).flatten(2), torch.randint(K, (2, (64 // STRIDES[name]) ** 2)))
     loss.backward()
-    # Stochastic depth may leave out whole branches for both images, never for good: their gradient is there, and 0.
+    # Stochastic depth may drop a branch for both images. It is still in the graph, so its gradient exists and is 0.
     assert [key for key, parameter in network.named_parameters() if parameter.grad is None] == []
     assert all(parameter.grad.abs().sum() > 0 for parameter in network.head_parameters())
 

@@ -1,4 +1,4 @@
-"""Command lines: one line for a user error, a traceback for a bug, and how much is said."""
+"""Command lines: one line for a user error, a traceback for a bug, and verbosity."""
 
 from __future__ import annotations
 

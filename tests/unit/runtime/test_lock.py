@@ -1,4 +1,4 @@
-"""One job at a time on a run, and the locks of those that died."""
+"""One job at a time on a run, and the locks of dead processes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_run_is_taken_and_given_back(run):
         lock.check(run)
     lock.release(run)
     assert not list(run.root.iterdir())
-    lock.release(run)  # nothing to give back
+    lock.release(run)  # nothing to release
     assert taken_over(run)
 
 

@@ -1,4 +1,4 @@
-"""What is logged where: plain lines on the terminal, everything with time and rank in a file."""
+"""Logging: plain lines on the terminal, everything with time and rank in a file."""
 
 from __future__ import annotations
 

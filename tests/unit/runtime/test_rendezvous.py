@@ -1,4 +1,4 @@
-"""Who a process is among the ranks of its job, from the variables of whatever started it."""
+"""The rank of a process in its job, from the variables of its launcher."""
 
 from __future__ import annotations
 

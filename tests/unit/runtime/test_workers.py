@@ -1,4 +1,4 @@
-"""Work that threads share, and that other processes do behind the caller."""
+"""Work in threads and in background processes."""
 
 from __future__ import annotations
 

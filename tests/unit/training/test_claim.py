@@ -100,7 +100,7 @@ def test_a_run_goes_on_with_the_shards_it_began_with_alone(tiny_config, make_sha
     run = claim(tiny_config(), resume=False)
     first = make_shards(tmp_path / "first", count=4, per_shard=2)
     claim_data(run, [first.fingerprint])
-    again = make_shards(tmp_path / "again", count=4, per_shard=2)  # the same bytes elsewhere
+    again = make_shards(tmp_path / "again", count=4, per_shard=2)  # the same bytes at another path
     claim_data(run, [again.fingerprint])
     resharded = make_shards(tmp_path / "resharded", count=4, per_shard=3)
     for others in ([resharded.fingerprint], [first.fingerprint, first.fingerprint]):

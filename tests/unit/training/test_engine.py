@@ -1,4 +1,4 @@
-"""The learning rate's course, DeepSpeed's settings and the order of checkpoints; training itself is an integration test."""
+"""The learning rate schedule, DeepSpeed's settings and the order of checkpoints; training is an integration test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each training job takes from the recipe, and what it refuses."""
+"""The settings that each training job takes from the recipe, and refused recipes."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_missing_pseudo_masks_are_counted_before_anything_is_trained(config, sha
     first = task_of(jobs.retrain(config)).inputs([shards])
     about = Path(config.run) / "pseudo" / "about.json"
     about.write_text(about.read_text().replace("weights", "Weights"))
-    assert len(first) == 1 and task_of(jobs.retrain(config)).inputs([shards]) != first  # other masks, another run
+    assert len(first) == 1 and task_of(jobs.retrain(config)).inputs([shards]) != first  # other masks belong to another run
 
 
 def test_a_retraining_is_towards_the_pseudo_mask(config, shards):
@@ -144,8 +144,8 @@ def test_a_retraining_on_seeds_goes_on_with_the_same_ones_alone(tiny_config):
 @pytest.mark.parametrize(
     "mask_HW, message",
     [
-        (np.zeros((64, 48)), "image_0.png: 48 x 64, but the picture is 64 x 48"),
-        (np.full((48, 64), 4), "image_0.png: has class 4, but there are 4"),
+        (np.zeros((64, 48)), "image_0.png: 48 x 64, but the image is 64 x 48"),
+        (np.full((48, 64), 4), "image_0.png: holds class 4, but there are 4 classes"),
         (None, "image_0.png: missing; write it with"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_damaged_mask_is_named(config, shards):
     with pytest.raises(ShardError, match=r"image_0.png: .*remove it and run"):
         task_of(jobs.retrain(config)).target(opened(shards, 0))
     Image.new("RGB", (64, 48)).save(path)
-    with pytest.raises(ShardError, match=r"image_0.png: a mask is an 8-bit palette or grey PNG, this is RGB"):
+    with pytest.raises(ShardError, match=r"image_0.png: must be an 8-bit palette or grey PNG, is RGB"):
         task_of(jobs.retrain(config)).target(opened(shards, 0))
 
 
