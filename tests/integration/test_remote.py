@@ -142,7 +142,7 @@ def test_google_storage_is_read_through_its_interface(local, url, proxies, setti
 @pytest.mark.parametrize(
     "fault, said",
     [
-        ("down", r"Service Unavailable.*; tried 3 times; look after .* data.retries \(now 2\) or data.timeout \(now 5 s\)"),
+        ("down", r"Service Unavailable.*; tried 3 times; check .* data.retries \(now 2\) or data.timeout \(now 5 s\)"),
         ("deaf", r"no complete answer within 0.3 s; tried 3 times; check the server, or raise data.retries"),
         ("forbidden", r"access is denied \(.*check that the environment has credentials"),
         ("plain", r"there is no such file; is the URL right, and was all of the shard set copied there"),

@@ -62,12 +62,12 @@ def test_seeds_are_scored_as_training_uses_them_with_the_crf_that_is_set(
     cam_HW = np.where(np.arange(W) < W // 8, 255, 51).astype(np.uint8)[None].repeat(H, axis=0)
     picture_HW3 = np.stack([TRUTH_HW * 200] * 3, axis=2)
     index = make_shards(tmp_path / "set", 2, image=png_of(picture_HW3), cam=Cam((1,), cam_HW[None], 1.0), seed=None)
-    plain = (f"data.train={index.root}", "seeds.background=0.3", "seeds.foreground=0.5", f"pseudo.processes={processes}")
+    plain = (f"data.train={index.root}", "seeds.background=0.22", "seeds.foreground=0.25", f"pseudo.processes={processes}")
     crf = "seeds.crf={iterations: 5, bilateral_sxy: 40, bilateral_srgb: 10, bilateral_compat: 10}"
     maps_nHW = cam_HW[None].astype(np.float32) / 255
     wanted_HW = {
-        (): cam_to_seed(maps_nHW, (1,), 0.3, 0.5),
-        (crf,): refined_seed(maps_nHW, (1,), picture_HW3, 0.3, 0.5, tiny_config(crf).seeds.crf),
+        (): cam_to_seed(maps_nHW, (1,), 0.22, 0.25),
+        (crf,): refined_seed(maps_nHW, (1,), picture_HW3, 0.22, 0.25, tiny_config(crf).seeds.crf),
     }
     found = {}
     for more, seed_HW in wanted_HW.items():

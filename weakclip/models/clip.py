@@ -77,7 +77,7 @@ class TextTower(nn.Module):
         if length > clip.positional_embedding.shape[0]:
             raise ConfigError(
                 f"clip.name_tokens + prompts.length, or a text of cam.prompts, has {length} tokens, but this CLIP reads at most "
-                f"{clip.positional_embedding.shape[0]}; lower one of them"
+                f"{clip.positional_embedding.shape[0]} tokens; lower one of them"
             )
         self.token_embedding, self.ln_final = clip.token_embedding, clip.ln_final
         self.text_projection: nn.Parameter = clip.text_projection

@@ -75,7 +75,7 @@ def test_labels_are_what_a_picture_shows():
 
 def test_the_annotator_is_trained_into_a_file(tmp_path):
     file = tmp_path / "annotator.safetensors"
-    with pytest.raises(ConfigError, match=f"`python -m weakclip.demo.annotator --out {file}` trains it"):
+    with pytest.raises(ConfigError, match=f"train it with: python -m weakclip.demo.annotator --out {file}"):
         annotator.load(file)
     annotator.main(["--out", str(file), "--steps", "2"])
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
