@@ -1,6 +1,6 @@
 # make demo   set up and run the whole pipeline on a synthetic world (ARGS="demo.seed=1 run=runs/demo-1" to vary it)
-# make clip   train the small CLIP that ships anew, into runs/demo-clip; goes on where it was stopped (ARGS="--minutes 120")
-# make backbones   train what the world's networks for retraining, and MCTformer, begin from, into runs/demo-backbones
+# make clip   train the small CLIP that ships with the package again, into runs/demo-clip; resumes (ARGS="--minutes 120")
+# make backbones   train the backbones of the world's networks and MCTformer, into runs/demo-backbones
 # make check  unit tests and lint, for every change
 # make test   all tests: several ranks, and a real Slurm where it is installed
 # make lint   ruff, mypy, import-linter, and hadolint on the Dockerfile
