@@ -66,9 +66,7 @@ def _load(config: ClipConfig) -> tuple[Any, bool]:
     except weight_files.ArchiveError as error:
         raise ConfigError(f"clip.pretrained: {error}") from error
     if "backbone.class_embedding" in tensors:
-        raise ConfigError(
-            f"clip.pretrained: {path} is a released WeakCLIP; first run python -m weakclip.convert {path} OUT.safetensors"
-        )
+        raise ConfigError(f"clip.pretrained: {path} is a released WeakCLIP; first run: weakclip convert {path} OUT.safetensors")
     if architecture is not None and config.model is not None:
         raise ConfigError(f"clip.model must be null when clip.pretrained is {path}, which states its own architecture")
     state = {name.removeprefix("clip."): tensor for name, tensor in tensors.items() if name.startswith("clip.")} or tensors
