@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.preloaded import Job
+
 REPO = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
@@ -24,9 +26,7 @@ def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a module of the package on real ranks; a failure shows what it printed."""
 
     def run(ranks: int, module: str, *arguments: object, fails: bool = False) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command(ranks, module, *arguments), capture_output=True, text=True, env=ENVIRONMENT, cwd=REPO, timeout=600
-        )
+        done = Job(ranks, module, *arguments).wait()
         assert (done.returncode != 0) == fails, done.stdout + done.stderr
         return done
 

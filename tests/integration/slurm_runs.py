@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from tests.integration.conftest import ENVIRONMENT, REPO, command
+from tests.integration.conftest import ENVIRONMENT, REPO
 from weakclip.datasets import build
 from weakclip.demo import world
 from weakclip.labels import class_names
@@ -85,15 +85,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference(recipe: Path) -> Path:
-    """What that recipe gives without Slurm, on 4 ranks of torchrun."""
+def reference(launch, recipe: Path) -> Path:
+    """What that recipe gives without Slurm, on 4 ranks."""
     run = recipe.parent / "run"
     with FileLock(f"{run}.lock"):
         for ranks, module in ((4, "train"), (0, "pseudo"), (0, "evaluate")):
             if not (run / "scores-masks.json").exists():
-                line = command(ranks, f"weakclip.{module}", "--config", recipe)
-                done = subprocess.run(line, env=ENVIRONMENT, cwd=REPO, capture_output=True, text=True, timeout=600)
-                assert done.returncode == 0, done.stdout + done.stderr
+                launch(ranks, f"weakclip.{module}", "--config", recipe)
     return run
 
 

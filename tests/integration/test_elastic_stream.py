@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.integration.conftest import ENVIRONMENT, REPO, command
+from tests.integration.preloaded import Job
 
 STEPS, BATCH = 20, 4
 
@@ -55,14 +53,11 @@ def test_two_ranks_of_two_workers_draw_the_keys_and_pixels_of_one_process(launch
 def test_killed_and_resumed_on_the_other_world_it_draws_the_same(launch, recipe, alone, tmp_path, before, after):
     """(ranks, workers) before and after a SIGKILL."""
     ranks, workers = before
-    line = command(ranks, "tests.integration.log_stream", *arguments(recipe, tmp_path / "before", ranks, workers, steps=100_000))
-    process = subprocess.Popen(line, env=ENVIRONMENT, cwd=REPO, stderr=subprocess.DEVNULL)
-    while process.poll() is None and complete(tmp_path / "before", ranks) < 5:
+    job = Job(ranks, "tests.integration.log_stream", *arguments(recipe, tmp_path / "before", ranks, workers, steps=100_000))
+    while job.running() and complete(tmp_path / "before", ranks) < 5:
         time.sleep(0.005)
-    parent = psutil.Process(process.pid)
-    for member in [parent, *parent.children(recursive=True)]:
-        member.kill()
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    job.kill()
+    assert job.wait().returncode == -signal.SIGKILL, "it ended before it could be killed"
     done = min(complete(tmp_path / "before", ranks), STEPS // 2)
     ranks, workers = after
     launch(ranks, "tests.integration.log_stream", *arguments(recipe, tmp_path / "after", ranks, workers, done))
