@@ -1,18 +1,20 @@
-"""Real COCO images, from labels to a retrained network: every stage, as launch/submit.py runs it."""
+"""Real COCO images, from labels to a retrained network: every stage, as its job runs it."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.integration.conftest import ENVIRONMENT, REPO, metrics
+from tests.conftest import REPO
+from tests.integration.conftest import metrics
+from weakclip import recipe
 from weakclip.data.index import Index
 from weakclip.data.stream import StoredSamples
+from weakclip.datasets import build
+from weakclip.stages import chain
 
 SMALL = (
     "data.workers=0",
@@ -45,14 +47,6 @@ SMALL = (
 )
 
 
-def script(*arguments):
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, cwd=REPO, timeout=900
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 def some(coco_mini, split, count, folder):
     """`data.build` for the first images of a split."""
     found = json.loads((coco_mini / "annotations" / f"instances_{split}.json").read_text())
@@ -65,27 +59,31 @@ def some(coco_mini, split, count, folder):
     annotations = folder / f"{split}.json"
     annotations.write_text(json.dumps(found))
     files = {"images": folder / split, "annotations": annotations}
-    return {"source": "coco", **files, "masks": "true", "processes": 2, "samples_per_shard": -(-count // 2)}
+    return {"source": "coco", **files, "masks": "true", "processes": 1, "samples_per_shard": -(-count // 2)}
 
 
 @pytest.fixture(scope="module")
-def finished(coco_mini, tiny_clip, tmp_path_factory):
-    """A folder with the run and the shard sets of all stages, and what they said."""
+def finished(launch, coco_mini, tiny_clip, tmp_path_factory):
+    """A folder with the run and the shard sets of all stages, and their config."""
     folder = tmp_path_factory.mktemp("coco")
     val = some(coco_mini, "val2014", 4, folder)
     given = [f"--{name.replace('_', '-')}={value}" for name, value in val.items() if name not in ("source", "masks")]
-    script("shards/build.py", "coco", *given, "--masks", "--out", folder / "val")
-    build = ", ".join(f"{name}: {value}" for name, value in some(coco_mini, "train2014", 10, folder).items())
+    build.main(["coco", *given, "--masks", "--out", str(folder / "val")])
+    source = ", ".join(f"{name}: {value}" for name, value in some(coco_mini, "train2014", 10, folder).items())
     where = (f"run={folder}/run", f"data.train={folder}/cams", f"data.val={folder}/val", f"data.labelled={folder}/labelled")
     clip = (f"clip.pretrained={tiny_clip}", "clip.image_size=64", "cam.background_names=[]", "cam.prompts=['{}']")
-    recipe = ("--config", "configs/coco_mini.yaml", f"data.build={{{build}}}", *where, *clip, *SMALL)
-    done = script("launch/submit.py", "--stage", "all", "--cluster", "local", "--array-size", 1, *recipe)
-    return folder, done.stdout
+    config = recipe.load(REPO / "configs/coco_mini.yaml", [f"data.build={{{source}}}", *where, *clip, *SMALL])
+    recipe.save(config, folder / "config.yaml")
+    for stage in chain(config):
+        launch(0, "tests.integration.run_stage", stage.name, folder / "config.yaml")
+    return folder, config
 
 
-def test_every_stage_runs_in_its_turn(finished):
-    said = [line.partition(":")[0] for line in finished[1].splitlines() if ": on this machine" in line]
-    assert said == ["shards", "cam", "train", "pseudo", "retrain", "test", "evaluate"]
+def test_every_stage_is_complete(finished):
+    folder, config = finished
+    index, stages = Index.load(folder / "cams"), chain(config)
+    assert [stage.name for stage in stages] == ["shards", "cam", "train", "pseudo", "retrain", "test", "evaluate"]
+    assert all(stage.progress(config, index).complete for stage in stages)
 
 
 def test_all_that_is_shown_was_made_of_the_pictures(finished):
