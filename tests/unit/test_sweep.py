@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from weakclip import cli, sweep
 from weakclip.config import ConfigError
 from weakclip.recipe import Sweep, is_sweep, load
-from weakclip.runtime.errors import UserError
 
 TASKS = """
 tasks:
@@ -77,10 +71,11 @@ def test_an_array_of_jobs_chooses_the_task_and_the_option_beats_it(write, monkey
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     assert parsed("--config", write()).train.batch == 8
     assert parsed("--config", write(), "--task", 0).train.batch == 2
+    found = Sweep.read(write())
     for wrong in ("2", "x", ""):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", wrong)
         with pytest.raises(ConfigError, match=f"SLURM_ARRAY_TASK_ID: .*sweep.yaml has no task {wrong}; .* --array=0-1"):
-            parsed("--config", write())
+            found.config(None)
 
 
 def test_without_a_choice_the_tasks_are_listed(write):
@@ -186,87 +181,11 @@ repeats:
 
 def test_each_task_is_repeated_and_a_repeats_overrides_come_after_the_tasks(write, tmp_path):
     names = ["small/a", "small/b", "large/a", "large/b"]
-    assert [task.name for task in Sweep.read(write(REPEATED)).tasks] == names
-    configs = [parsed("--config", write(REPEATED), "--task", index) for index in range(4)]
+    found = Sweep.read(write(REPEATED))
+    assert [task.name for task in found.tasks] == names
+    configs = [found.config(index) for index in range(4)]
     assert [config.run for config in configs] == [str(tmp_path / "sweeps/batch" / name) for name in names]
     assert [(config.seed, config.train.batch) for config in configs] == [(0, 2), (1, 3), (0, 8), (1, 3)]
-
-
-MODULE = """
-import argparse
-import json
-import sys
-from pathlib import Path
-
-from weakclip import cli
-
-config = cli.parse_config(argparse.ArgumentParser(), sys.argv[1:])[0]
-with open("ran.txt", "a") as log:
-    print(config.run.split("batch/")[1], file=log)
-if config.train.batch == 8 and not Path("mended").exists():
-    raise SystemExit("no")
-Path(config.run).mkdir(parents=True)
-Path(config.run, "scores.json").write_text(json.dumps({"cam": 40.0 + config.train.batch + config.seed}))
-"""
-
-
-def test_what_has_no_scores_is_run_here_and_the_figures_are_listed(write, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "module.py").write_text(MODULE)
-    with pytest.raises(UserError, match="sweep.yaml: large/a failed; run the same command again"):
-        sweep.main([str(write(REPEATED)), "--run", "module"])
-    (tmp_path / "mended").touch()
-    sweep.main([str(write(REPEATED)), "--run", "module"])
-    assert (tmp_path / "ran.txt").read_text().split() == ["small/a", "small/b", "large/a", "large/b", "large/a"]
-    figures = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[-3:]]
-    assert figures == ["task runs cam", "small 2 43.0 ± 1.4", "large 2 46.0 ± 2.8"]
-
-
-NOT_ALONE = """
-import os
-import time
-
-print("threads", os.environ["OMP_NUM_THREADS"])
-end = time.monotonic() + 60
-while len(Path("ran.txt").read_text().split()) < 2:
-    if time.monotonic() > end:
-        raise SystemExit("no other runs beside it")
-    time.sleep(0.1)
-"""
-
-
-def test_several_tasks_run_at_a_time_and_print_into_files(write, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "module.py").write_text(MODULE + NOT_ALONE)
-    (tmp_path / "mended").touch()
-    sweep.main([str(write(REPEATED)), "--run", "module", "--jobs", "2"])
-    assert sorted((tmp_path / "ran.txt").read_text().split()) == ["large/a", "large/b", "small/a", "small/b"]
-    threads = max(len(os.sched_getaffinity(0)) // 2, 1)
-    assert (tmp_path / "sweeps/batch/small/a.log").read_text() == f"threads {threads}\n"
-    assert "small 2 43.0 ± 1.4" in " ".join(capsys.readouterr().out.split())
-
-
-ENDLESS = """
-import os
-import time
-
-Path("pid").write_text(str(os.getpid()))
-time.sleep(120)
-"""
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_sigterm_ends_what_runs_as_well(repo, write, tmp_path, jobs):
-    (tmp_path / "module.py").write_text(f"from pathlib import Path\n{ENDLESS}")
-    line = [sys.executable, "-m", "weakclip.sweep", write('tasks: {"small": []}\n'), "--run", "module", "--jobs", str(jobs)]
-    with subprocess.Popen(line, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(repo)}) as command:
-        end = time.monotonic() + 60
-        while not ((tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()) and time.monotonic() < end:
-            time.sleep(0.1)
-        command.terminate()
-        assert command.wait(60) == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_figures_of_a_single_run_have_no_spread(write, tmp_path, capsys):

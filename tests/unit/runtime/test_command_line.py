@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from weakclip import cli, evaluate, parameters, pseudo
@@ -60,19 +56,3 @@ def test_overrides_and_options_may_come_in_any_order(tiny_recipe):
         parser.add_argument("--flag", action="store_true")
         config, options = cli.parse_config(parser, arguments)
         assert config.seed == 3 and options.flag
-
-
-def test_a_command_fails_with_one_line_on_stderr(repo, tmp_path):
-    command = [sys.executable, "-m", "weakclip.evaluate", "--config", "nowhere.yaml"]
-    environment = {**os.environ, "PYTHONPATH": str(repo)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: nowhere.yaml: no such config file\n"
-
-
-def test_a_bug_keeps_its_traceback_in_the_terminal(repo):
-    program = "import numpy as np; from weakclip import cli; cli.run(lambda _: np.zeros(2) + np.zeros(3), [])"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(repo)}
-    )
-    assert done.returncode == 1 and "Traceback" in done.stderr and "could not be broadcast" in done.stderr

@@ -1,0 +1,81 @@
+"""Work in background processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.integration.work import die, process_and_signals, process_and_square, square
+from weakclip.runtime.workers import WorkerPool, map_in_threads
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_results_come_in_order_and_errors_as_they_are(processes):
+    with WorkerPool(processes) as behind:
+        assert [*behind.map(square, range(9))] == [n * n for n in range(9)]
+        with pytest.raises(OSError, match="No space left on device: '-1.png'"):
+            [*behind.map(square, [1, -1, 2])]
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_each_of_several_threads_can_leave_its_work_to_a_process(processes):
+    with WorkerPool(processes) as behind:
+        found = [*map_in_threads(lambda n: behind.run(process_and_square, n), 3, range(9))]
+        assert [square for _, square in found] == [n * n for n in range(9)]
+        assert (os.getpid() in {process for process, _ in found}) == (not processes)
+        with pytest.raises(OSError, match="No space left on device: '-1.png'"):
+            behind.run(square, -1)
+    assert "GLIBC_TUNABLES" not in os.environ
+
+
+def test_arguments_are_made_as_they_are_needed():
+    made = []
+    with WorkerPool(1) as behind:
+        assert next(behind.map(square, (made.append(n) or n for n in range(100)))) == 0 and len(made) <= 4
+
+
+def test_a_process_that_dies_is_an_error():
+    with pytest.raises(ValueError, match=r"a worker process was killed, .* \(.*pseudo.processes\)"), WorkerPool(1) as behind:
+        [*behind.map(die, range(3))]
+    with pytest.raises(ValueError, match=r"a worker process was killed, .* \(.*pseudo.processes\)"), WorkerPool(1) as behind:
+        behind.run(die, 0)
+
+
+def test_the_processes_leave_a_jobs_signals_to_the_one_that_began_them():
+    with WorkerPool(1) as behind:
+        ((pid, blocked),) = behind.map(process_and_signals, range(1))
+    assert pid != os.getpid()
+    assert {signal.SIGTERM, signal.SIGUSR2, signal.SIGINT} <= blocked
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+ENDLESS = """
+import itertools, time
+from weakclip.runtime.workers import WorkerPool
+if __name__ == "__main__":
+    with WorkerPool(2) as behind:
+        for _ in behind.map(time.sleep, itertools.repeat(0.05)):
+            print("running", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_processes_end_with_the_one_that_began_them(tmp_path, repo, number):
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    environment = os.environ | {"PYTHONPATH": str(repo)}
+    process = subprocess.Popen([sys.executable, tmp_path / "endless.py"], env=environment, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2
+    process.send_signal(number)
+    assert process.wait(20) == -number
+    deadline = time.monotonic() + 20
+    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
