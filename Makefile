@@ -12,6 +12,8 @@ READY = $(VENV)/ready
 IMAGE ?= weakclip
 ENGINE = $(or $(shell command -v docker || command -v podman),$(error neither docker nor podman is installed))
 
+unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes import the same modules
+
 .PHONY: demo clip backbones check test lint image
 
 $(READY): pyproject.toml constraints.txt

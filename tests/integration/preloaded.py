@@ -66,6 +66,7 @@ class Job:
 
 def _run(line: list[str], variables: Mapping[str, str], folder: str) -> None:
     """In the new process."""
+    multiprocessing.set_start_method(None, force=True)  # multiprocessing makes a server's processes start theirs by a server, too
     os.environ.update(variables)
     os.chdir(REPO)
     for number, name in ((1, "stdout"), (2, "stderr")):

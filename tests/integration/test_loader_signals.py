@@ -68,7 +68,7 @@ def test_loader_processes_survive_signals_that_come_as_they_begin(make_shards, t
     assert done.returncode == 0 and done.stdout.count("[") == 10, done.stderr
 
 
-@pytest.mark.parametrize("signals", [[], ["USR2"], ["TERM"], ["TERM", "USR2", "TERM"]], ids=str)
+@pytest.mark.parametrize("signals", [[], ["TERM", "USR2", "TERM"]], ids=str)
 def test_loader_processes_survive_others_signals_and_end_with_their_rank(signals, make_shards, tiny_config, tmp_path):
     """The program never closes its loader, as when an error that nobody catches ends it."""
     config = tiny_config(f"data.train={make_shards(tmp_path / 'set').root}", "data.workers=2")

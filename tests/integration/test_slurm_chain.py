@@ -28,7 +28,9 @@ def trained(reference, tmp_path):
 def test_the_chain_gives_what_the_same_run_gives_without_slurm(cluster, submit, launch_tool, recipe, reference, tmp_path):
     built = tmp_path / "built"
     made_alone = recipe.parent / "train"
-    jobs = submit("all", f"data.train={built}", f"data.val={made_alone}", *RETRAIN)
+    defaults = tmp_path / "defaults.yaml"
+    defaults.write_text("{nodes: 2, gpus_per_node: 2, time: '60', array_size: 2, stages: {retrain: {nodes: 1}}}")
+    jobs = submit("all", "--defaults", defaults, f"data.train={built}", f"data.val={made_alone}", *RETRAIN)
     assert list(jobs) == ["shards", "train", "pseudo", "retrain", "test", "evaluate"]
     for job in jobs.values():
         cluster.wait_until_completed(job)
@@ -53,13 +55,14 @@ def test_the_chain_gives_what_the_same_run_gives_without_slurm(cluster, submit, 
 
 
 def test_after_scancel_of_one_task_only_its_images_are_made(cluster, submit, trained):
-    first = submit("pseudo", "--array-parallelism", 1)["pseudo"]
-    cluster.wait_until(lambda: "RUNNING" in cluster.state(f"{first}_2"), first)
-    cluster.slurm("scancel", f"{first}_2")
-    cluster.wait_until(lambda: cluster.state(f"{first}_3") == "COMPLETED", first)
+    array = ("--array-size", 2, "--array-parallelism", 1)
+    first = submit("pseudo", *array)["pseudo"]
+    cluster.wait_until(lambda: "RUNNING" in cluster.state(f"{first}_0"), first)
+    cluster.slurm("scancel", f"{first}_0")
+    cluster.wait_until(lambda: cluster.state(f"{first}_1") == "COMPLETED", first)
     made = {path: path.stat().st_mtime_ns for path in (trained / "pseudo").glob("*.png")}
     assert 0 < len(made) < 24
-    second = submit("pseudo")["pseudo"]
+    second = submit("pseudo", *array)["pseudo"]
     cluster.wait_until_completed(second)
     assert len(masks(trained)) == 24
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())

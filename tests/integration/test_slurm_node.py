@@ -26,16 +26,19 @@ def kill_node(cluster, name: str) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_a_training_on_a_dead_node_goes_on_from_its_checkpoint_on_another(make_cluster, submit, reference, tmp_path, monkeypatch):
+def test_a_training_on_a_dead_node_goes_on_from_its_checkpoint_on_another(
+    make_cluster, submit, launch, recipe, tmp_path, monkeypatch
+):
     two_nodes = make_cluster()
     two_nodes.start(nodes=2)
     monkeypatch.setenv("SLURM_CONF", str(two_nodes.conf))
-    run = tmp_path / "run"
-    job = submit("train", "--nodes", 1, "--gpus-per-node", 4)["train"]
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    launch(2, "weakclip.train", "--config", recipe, f"run={undisturbed}")
+    job = submit("train", "--nodes", 1, "--gpus-per-node", 2)["train"]
     two_nodes.wait_until(lambda: len(RunDir(run).checkpoints()) == 2, job)
     assert "NodeList=127.0.0.1\n" in two_nodes.slurm("scontrol", "show", "job", job)
     kill_node(two_nodes, "127.0.0.1")
     reached = max(metrics(run))
     two_nodes.wait_until_completed(job)
     assert "NodeList=127.0.0.2\n" in two_nodes.slurm("scontrol", "show", "job", job)
-    assert reached >= 10 and losses(run) == losses(reference)
+    assert reached >= 10 and losses(run) == losses(undisturbed)

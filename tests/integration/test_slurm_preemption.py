@@ -81,7 +81,7 @@ def test_a_training_that_meets_its_time_limit_goes_on_exactly(cluster, submit, r
 
 def test_requeues_are_limited(cluster, submit, launch_tool, tmp_path):
     run = tmp_path / "run"
-    job = submit("train", "--requeues", 0)["train"]
+    job = submit("train", "--requeues", 0, "--nodes", 1, "train.steps=1000")["train"]
     cluster.wait_until(lambda: step_of(run) >= 1, job)
     cluster.slurm("scancel", "--signal=USR2", job)
     cluster.wait_until(lambda: cluster.state(job) == "FAILED", job)

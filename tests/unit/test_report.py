@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,19 +15,25 @@ from weakclip.evaluation.metrics import Scores
 from weakclip.evaluation.published import Paper
 from weakclip.labels import COCO, VOC
 from weakclip.models.weakclip import parameter_counts
-from weakclip.recipe import Sweep, load, save
+from weakclip.recipe import Sweep, load, to_yaml
 from weakclip.runtime.tables import Table
 from weakclip.training import jobs
 from weakclip.training.monitor import Monitor
 
 
+@pytest.fixture(scope="module")
+def recipe_of(repo):
+    """The text of VOC's recipe with other classes."""
+    return functools.cache(lambda classes: to_yaml(load(repo / "configs/voc.yaml", [f"classes={classes}"])))
+
+
 @pytest.fixture
-def run(repo, tmp_path):
+def run(recipe_of, tmp_path):
     """A run directory of VOC, or of the class list that a test gives, with nothing but its config."""
 
     def make(classes: str = "voc"):
         (tmp_path / "run").mkdir(exist_ok=True)
-        save(load(repo / "configs/voc.yaml", [f"classes={classes}"]), tmp_path / "run/config.yaml")
+        (tmp_path / "run/config.yaml").write_text(recipe_of(classes))
         return tmp_path / "run"
 
     return make
@@ -78,12 +85,11 @@ def test_the_papers_comparisons_are_whole():
 def test_the_papers_ablations_are_the_shipped_sweeps(repo, monkeypatch):
     monkeypatch.chdir(repo)
     published = Paper.of("voc").sweeps
-    shipped = [Sweep.read(path) for path in (repo / "configs/sweeps").glob("*.yaml")]
-    of_the_paper = {sweep.path.stem for sweep in shipped if sweep.recipe != Path("configs/demo.yaml")}
+    shipped = {path.stem: Sweep.read(path) for path in (repo / "configs/sweeps").glob("*.yaml")}
+    of_the_paper = {name for name, sweep in shipped.items() if sweep.recipe != Path("configs/demo.yaml")}
     assert set(published) == set(report.SWEEPS) == of_the_paper
     for name, values in published.items():
-        tasks = Sweep.read(f"configs/sweeps/{name}.yaml").tasks
-        assert [str(task.run) for task in tasks] == [f"runs/voc/sweeps/{name}/{value}" for value in values]
+        assert [str(task.run) for task in shipped[name].tasks] == [f"runs/voc/sweeps/{name}/{value}" for value in values]
 
 
 # -------------------------------------------------------------------------------------------------------- a run's figures

@@ -5,6 +5,7 @@ B images, K classes, L tokens, N prompts, D width, E joint embedding, h x w toke
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -124,7 +125,7 @@ def tokenize(names: Sequence[str], length: int | None = None) -> Tensor:
 
     Raises ConfigError for a name that does not fit; names are never truncated.
     """
-    tokenizer = open_clip.SimpleTokenizer()
+    tokenizer = _tokenizer()
     start, end = [tokenizer.sot_token_id], [tokenizer.eot_token_id]
     found = [start + tokenizer.encode(name.replace("_", " ")) + end for name in names]
     length = max(map(len, found)) if length is None else length
@@ -134,6 +135,11 @@ def tokenize(names: Sequence[str], length: int | None = None) -> Tensor:
             raise ConfigError(f"class name {name!r} takes {len(ids)} tokens; set clip.name_tokens to {len(ids)} or more")
         ids_KL[row, : len(ids)] = torch.tensor(ids)
     return ids_KL
+
+
+@functools.cache
+def _tokenizer() -> open_clip.SimpleTokenizer:
+    return open_clip.SimpleTokenizer()  # reads its vocabulary, which takes 0.1 s
 
 
 def _run(block: Any, x_BLD: Tensor, drop_path: float = 0.0, causal: bool = False) -> Tensor:

@@ -52,7 +52,7 @@ def test_grey_and_rgb_jpegs_have_pillows_pixels(mode):
     np.testing.assert_array_equal(decode_jpeg(data, SIZE, SIZE), by_pillow(data))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([{}, {"progressive": True}, {"restart_marker_blocks": 3}]),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3),

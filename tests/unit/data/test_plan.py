@@ -17,7 +17,7 @@ from weakclip.data.plan import AUGMENT, MIX, SHARDS, Mix, Order, generator, micr
 SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=40).filter(any)
 RANKS, WORKERS, BATCH = st.integers(1, 16), st.integers(0, 4), st.integers(1, 32)
 WINDOW = st.integers(1, 10)
-MANY = settings(max_examples=150, deadline=None)
+MANY = settings(max_examples=80, deadline=None)
 
 
 def global_batches(consumed: int, batch: int, ranks: int, workers: int, count: int) -> list[list[int]]:

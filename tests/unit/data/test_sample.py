@@ -411,7 +411,7 @@ def by_tarfile(data: bytes, entry: Entry) -> dict[str, bytes]:
     return named
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(0, 3), st.booleans())
 def test_members_are_those_that_tarfile_finds_in_damaged_headers_too(shards, draws, member, mended):
     entry = shards.entries[0]
@@ -464,7 +464,7 @@ def assert_correct(got: DecodedSample) -> None:
         assert mask is None or (mask.shape == size and np.isin(mask, [*range(K), 255]).all())
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(damage=damages())
 def test_a_damaged_sample_is_an_error_or_still_correct(shards, damage):
     entry = shards.entries[0]
@@ -475,7 +475,7 @@ def test_a_damaged_sample_is_an_error_or_still_correct(shards, damage):
         assert str(error).startswith("shard-00000.tar: image_0: ")
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(damage=damages(), part=st.sampled_from(sorted(sample().encode())))
 def test_a_damaged_part_is_an_error_or_still_correct(damage, part):
     parts = sample().encode()
@@ -486,7 +486,7 @@ def test_a_damaged_part_is_an_error_or_still_correct(damage, part):
         assert str(error).startswith("shard-00000.tar: image_0: ")
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(damage=damages())
 def test_a_damaged_index_is_an_error_or_still_consistent(shards, tmp_path_factory, damage):
     root = tmp_path_factory.getbasetemp() / "damaged_index"
@@ -499,7 +499,7 @@ def test_a_damaged_index_is_an_error_or_still_consistent(shards, tmp_path_factor
             assert_correct(read(index, entry))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(value=st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(

@@ -161,7 +161,7 @@ def test_a_seed_of_one_value_ends_after_ten_draws(value):
     assert (seed_HW == value).all()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @example(H=1, W=3, number=0, values=(0, 7, 255), crop=5, share=0.75, likely=())
 @given(
     H=st.integers(1, 90), W=st.integers(1, 90), number=st.integers(0, 10**6), values=st.sampled_from([(0,), (0, 7), (0, 7, 255)]),
@@ -200,8 +200,9 @@ def test_a_window_of_everything_is_resized_exactly():
 @pytest.mark.parametrize("factor", [0.07, 0.11, 0.2, 0.3, 0.45])
 def test_an_image_that_was_decoded_reduced_keeps_its_place(H, W, factor):
     """Soft spots at 1/2, 3/8, 1/4 or 1/8 of their size, against the same resized whole."""
-    noise_HW3 = np.random.default_rng(0).normal(size=(H, W, 3)).astype(np.float32)
-    spots_HW3 = cv2.normalize(cv2.GaussianBlur(noise_HW3, (0, 0), 3 / factor), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    noise_hw3 = np.random.default_rng(0).normal(size=(int(H * factor / 4), int(W * factor / 4), 3)).astype(np.float32)
+    spots_HW3 = cv2.resize(noise_hw3, (W, H), interpolation=cv2.INTER_CUBIC)
+    spots_HW3 = cv2.normalize(spots_HW3, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(spots_HW3).save(buffer, "JPEG", quality=98, subsampling=0)
     options = AugmentConfig(crop=64, ratio=[factor, factor])

@@ -178,7 +178,7 @@ GOOD = io.BytesIO()
 np.save(GOOD, {2: MAP[::4, ::4]}, allow_pickle=True)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
 def test_a_damaged_cam_file_is_an_error_or_still_a_cam(tmp_path_factory, changes):
     data = bytearray(GOOD.getvalue())

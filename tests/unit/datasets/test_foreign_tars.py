@@ -241,7 +241,7 @@ def test_a_tar_cut_off_anywhere_is_refused(tmp_path, samples):
             scan(tmp_path / "x.tar")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     places=st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=4),
     values=st.binary(min_size=4, max_size=4),

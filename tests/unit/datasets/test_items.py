@@ -502,7 +502,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_value_in_coco_annotations_is_an_error_or_still_a_sample(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "any_coco"
@@ -533,7 +533,7 @@ def damaged(draw, good: bytes) -> bytes:
     return data
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=damaged(xml("person", "dog").encode()))
 def test_damaged_xml_is_an_error_or_still_labels(tmp_path_factory, text):
     root = tmp_path_factory.getbasetemp() / "damaged_voc"
@@ -547,7 +547,7 @@ def test_damaged_xml_is_an_error_or_still_labels(tmp_path_factory, text):
         assert set(item.classes) <= {12, 15}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=damaged(b"file,labels\na.jpg,dog;cat\nb.png,cat\n"))
 def test_a_damaged_csv_is_an_error_or_still_labels(tmp_path_factory, text):
     root = tmp_path_factory.getbasetemp() / "damaged_csv"

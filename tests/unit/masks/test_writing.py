@@ -86,7 +86,7 @@ def test_four_tasks_write_the_bytes_of_one_whatever_is_there_already(tiny_config
     assert written(tmp_path / "array") == written(alone) and len(written(alone)) == 14
     for name in ("image_1.png", "image_2.png", "image_2.npz", "image_6.npz"):
         (tmp_path / "array" / name).unlink()
-    run(tiny_config(*SCALES, "pseudo.processes=2"), str(shards.root), weights, tmp_path / "array")
+    run(tiny_config(*SCALES), str(shards.root), weights, tmp_path / "array")
     assert written(tmp_path / "array") == written(alone)
 
 

@@ -266,7 +266,7 @@ def test_a_file_that_is_missing_or_no_weights_is_refused(tmp_path, network):
 
 @pytest.mark.parametrize("name", ["resnet18", "test_vit2", "deit_tiny_distilled_patch16_224", "vit_base_patch32_clip_224"])
 def test_a_backbone_that_is_no_plain_vit_is_refused(name):
-    with pytest.raises(ConfigError, match=f"{name} is not a plain ViT"):
+    with pytest.raises(ConfigError, match=f"{name} is not a plain ViT"), torch.device("meta"):
         MCTformer(4, name)
 
 
