@@ -57,9 +57,9 @@ def released_probabilities(predictor: sliding_window.Predictor, image_HW3: np.nd
     for view in views:
         x_HW3 = torch.from_numpy(resize_image(image_HW3, view.size))
         x_13HW = predictor.normalisation.apply(x_HW3.permute(2, 0, 1).float())[None]
-        logits_1KHW = released_slide(predictor, x_13HW.flip(3) if view.mirrored else x_13HW, config)
+        logits_1KHW = released_slide(predictor, x_13HW.flip(3) if view.flipped else x_13HW, config)
         probs_1KHW = F.interpolate(logits_1KHW, size=image_HW3.shape[:2], mode="bilinear").softmax(1)
-        total_1KHW = total_1KHW + (probs_1KHW.flip(3) if view.mirrored else probs_1KHW)
+        total_1KHW = total_1KHW + (probs_1KHW.flip(3) if view.flipped else probs_1KHW)
     return (total_1KHW / len(views))[0]
 
 

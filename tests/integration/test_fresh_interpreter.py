@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.integration.conftest import ENVIRONMENT
+from tests.integration.conftest import ENVIRONMENT, REPO
 
 
 def test_a_command_fails_with_one_line_on_stderr(tmp_path):
@@ -19,6 +19,12 @@ def test_a_bug_keeps_its_traceback_in_the_terminal():
     program = "import numpy as np; from weakclip import cli; cli.run(lambda _: np.zeros(2) + np.zeros(3), [])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 1 and "Traceback" in done.stderr and "could not be broadcast" in done.stderr
+
+
+def test_a_closed_pipe_is_no_error():
+    line = f"{sys.executable} -m weakclip.parameters --config configs/demo.yaml | true"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=ENVIRONMENT, cwd=REPO)
+    assert done.stderr == ""
 
 
 def test_a_login_node_need_not_load_torch():

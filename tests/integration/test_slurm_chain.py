@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from tests.integration.conftest import ENVIRONMENT
 from tests.integration.slurm_runs import STEPS, losses, masks
 
 pytest_plugins = ["tests.integration.slurm_runs"]
@@ -74,6 +75,22 @@ def test_a_failed_stage_ends_its_dependents_and_status_says_why(cluster, submit,
     shown = {line.split()[0]: line for line in launch_tool("status", tmp_path / "run").stdout.splitlines()[2:]}
     assert "FAILED" in shown["train"] and "error: " in shown["train"] and "weights/nowhere.pt" in shown["train"]
     assert "CANCELLED: train failed" in shown["pseudo"]
+    log = logged(tmp_path / "run", "train")
+    assert len([line for line in log.splitlines() if line.startswith("error: ")]) == 1 and "Traceback" not in log
+
+
+def test_a_bug_leaves_its_traceback_in_the_jobs_log(cluster, submit, trained, with_a_bug, monkeypatch):
+    for name, value in with_a_bug.items():
+        monkeypatch.setitem(ENVIRONMENT, name, value)
+    job = submit("pseudo")["pseudo"]
+    cluster.wait_until(lambda: cluster.state(job) == "FAILED", job)
+    log = logged(trained, "pseudo")
+    assert "Traceback (most recent call last)" in log and "ValueError: operands could not be broadcast" in log
+
+
+def logged(run, stage):
+    """What the jobs of a stage wrote to stderr."""
+    return "".join(path.read_text() for path in (run / "jobs").glob(f"*-{stage}/*_log.err"))
 
 
 def test_a_job_that_waits_or_works_keeps_others_from_its_run(cluster, submit, launch_tool, recipe, tmp_path):

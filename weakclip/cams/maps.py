@@ -20,10 +20,10 @@ def average_maps(maps_of: Callable[[Tensor], Tensor], images: Iterable[Tensor], 
     """
     found = []
     for image_13HW in images:
-        for mirror in (False, True) if flip else (False,):
-            maps_nhw = maps_of(image_13HW.flip(3) if mirror else image_13HW)
+        for flipped in (False, True) if flip else (False,):
+            maps_nhw = maps_of(image_13HW.flip(3) if flipped else image_13HW)
             maps_nhw = F.interpolate(maps_nhw[None], size=size, mode="bilinear")[0]
-            found.append(maps_nhw.flip(2) if mirror else maps_nhw)
+            found.append(maps_nhw.flip(2) if flipped else maps_nhw)
     total_nhw = torch.stack(found).sum(0)
     return stretch(total_nhw.flatten(1)).view_as(total_nhw).cpu().numpy()
 

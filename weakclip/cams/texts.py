@@ -45,8 +45,8 @@ class PromptedClip:
     def __init__(self, config: Config, class_names: Sequence[str]) -> None:
         self.config = config
         names = class_names[1:]
-        if strangers := config.cam.synonyms.keys() - set(names):
-            raise ConfigError(f"cam.synonyms: {min(strangers)!r} is not a class of the recipe; its keys must be class names")
+        if unknown := config.cam.synonyms.keys() - set(names):
+            raise ConfigError(f"cam.synonyms: {min(unknown)!r} is not a class of the recipe; its keys must be class names")
         named = [config.cam.synonyms.get(name, name) for name in names] + config.cam.background_names
         texts = [template.replace("{}", name) for template in config.cam.prompts for name in named]
         ids_UL = tokenize(texts)

@@ -12,14 +12,14 @@ NAMED = 10
 """Number of names that are listed; the others are only counted."""
 
 
-def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str, cure: str) -> None:
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str, hint: str) -> None:
     """Load `tensors` as the module's complete state dict, converted to its dtypes. Raises ConfigError as `check_fit` does."""
-    check_fit(module.state_dict(), tensors, where, cure)
+    check_fit(module.state_dict(), tensors, where, hint)
     module.load_state_dict(tensors)
 
 
-def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, cure: str) -> None:
-    """Raise ConfigError unless both have the same names and shapes. It names `where` and ends with the hint `cure`."""
+def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, hint: str) -> None:
+    """Raise ConfigError unless both have the same names and shapes. It names `where` and ends with `hint`."""
     missing = [name for name in expected if name not in found]
     further = [name for name in found if name not in expected]
     reshaped = [
@@ -29,7 +29,7 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where
     ]
     faults = (("missing keys", missing), ("unexpected keys", further), ("shape mismatch", reshaped))
     if said := "; ".join(f"{what} ({len(names)}): {some(names)}" for what, names in faults if names):
-        raise ConfigError(f"{where}: does not fit; {said}; {cure}")
+        raise ConfigError(f"{where}: does not fit; {said}; {hint}")
 
 
 def some(names: Sequence[str]) -> str:

@@ -232,8 +232,8 @@ def _decode_about(parts: dict[str, bytes], key: str, num_classes: int) -> tuple[
 
 def _decode_cam(parts: dict[str, bytes], size_HW: tuple[int, int], classes: Sequence[int]) -> Cam | None:
     cam = Cam.decode(parts["cam.npz"]) if "cam.npz" in parts else None
-    if cam and (strangers := set(cam.classes) - set(classes)):
-        raise ShardError(f"CAM of class {min(strangers)}, which is not among the image's labels {list(classes)}")
+    if cam and (unlabelled := set(cam.classes) - set(classes)):
+        raise ShardError(f"CAM of class {min(unlabelled)}, which is not among the image's labels {list(classes)}")
     if cam and not cam.fits(*size_HW):
         raise ShardError(f"CAM of {cam.maps_nhw.shape[1:]} at scale {cam.scale:.3f} does not fit an image of {size_HW}")
     return cam

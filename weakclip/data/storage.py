@@ -121,8 +121,8 @@ class RemoteStorage(Storage):
         try:
             return self.cache.read(file, offset, length, self._download)
         except OSError as error:
-            cure = "free space there, or set data.cache to another directory"
-            raise StorageError(f"{self.cache.directory}: cannot store {self.url}/{file.name} ({error}); {cure}") from None
+            hint = "free space there, or set data.cache to another directory"
+            raise StorageError(f"{self.cache.directory}: cannot store {self.url}/{file.name} ({error}); {hint}") from None
 
     def prefetch(self, files: Sequence[File]) -> None:
         if self.cache is not None:

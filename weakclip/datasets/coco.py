@@ -66,8 +66,8 @@ def _read_instances(file: Path) -> tuple[list[dict[str, Any]], dict[int, list[tu
         raise ShardError(f"{file}: not a COCO instances file ({type(error).__name__}: {error})") from None
     if len(ids) < len(images):
         raise ShardError(f"{file}: two images have the same id")
-    if strangers := segments.keys() - ids:
-        raise ShardError(f"{file}: annotations of image {min(strangers, key=str)}, which is not listed under 'images'")
+    if unknown := segments.keys() - ids:
+        raise ShardError(f"{file}: annotations of image {min(unknown, key=str)}, which is not listed under 'images'")
     return images, segments
 
 

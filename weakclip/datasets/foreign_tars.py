@@ -64,8 +64,8 @@ def _name(member: tarfile.TarInfo, tar: Path) -> tuple[str, str]:
     """Return the key and the extension of a member."""
     key, _, extension = member.name.rpartition("/")[2].partition(".")
     if not key or not extension or not member.name.isprintable():
-        cure = "leave it out, on macOS with COPYFILE_DISABLE=1"
-        raise ShardError(f"{tar}: member {member.name!r:.100} is not called KEY.PART as in image_7.jpg; {cure}")
+        hint = "leave it out, on macOS with COPYFILE_DISABLE=1"
+        raise ShardError(f"{tar}: member {member.name!r:.100} is not called KEY.PART as in image_7.jpg; {hint}")
     if not member.isreg() or member.issparse():
         raise ShardError(f"{tar}: member {member.name!r:.100} is not a regular file; replace links and sparse files")
     return key, extension

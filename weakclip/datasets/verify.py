@@ -47,8 +47,8 @@ def verify_shard(index: Index) -> list[str]:
 
 def verify(index: Index, processes: int) -> list[str]:
     """Return the problems of a shard set, one line each."""
-    strangers = {path.name for path in index.root.glob("*.tar")} - {shard.name for shard in index.shards}
-    problems = [f"{name}: not in the index; remove it" for name in sorted(strangers)]
+    unlisted = {path.name for path in index.root.glob("*.tar")} - {shard.name for shard in index.shards}
+    problems = [f"{name}: not in the index; remove it" for name in sorted(unlisted)]
     alone = [replace(index, shards=(shard,)) for shard in index.shards]  # all that a worker process needs of the index
     with tqdm(total=len(index.entries), unit=" images", desc="verify") as bar:
         for shard, found in zip(index.shards, map_in_processes(verify_shard, processes, alone), strict=True):

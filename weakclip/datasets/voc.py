@@ -99,6 +99,6 @@ def _xml_classes(file: Path) -> tuple[int, ...]:
     if root.tag != "annotation":
         raise ShardError(f"{file}: not a VOC annotation: its root is <{root.tag:.40}>")
     names = {(found.findtext("name") or "").strip() for found in root.findall("object")}
-    if strangers := names - set(VOC[1:]):
-        raise ShardError(f"{file}: object {min(strangers)!r:.40} is not one of VOC's {len(VOC) - 1} classes")
+    if unknown := names - set(VOC[1:]):
+        raise ShardError(f"{file}: object {min(unknown)!r:.40} is not one of VOC's {len(VOC) - 1} classes")
     return tuple(sorted(VOC.index(name) for name in names))

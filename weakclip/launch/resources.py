@@ -106,11 +106,11 @@ class Resources:
         if self.container and not self.container.endswith(".sif"):
             here = Path.cwd()
             srun += [f"--container-image={self.container}", f"--container-mounts={here}:{here}", f"--container-workdir={here}"]
-        wishes = ("nodes", "cpus_per_task", "mem", "partition", "account", "qos", "constraint", "exclude", "array_parallelism")
+        same = ("nodes", "cpus_per_task", "mem", "partition", "account", "qos", "constraint", "exclude", "array_parallelism")
         # A node failure requeues the job. A job that depends on a failed one is cancelled instead of waiting for ever.
-        further = {"requeue": True, **({"kill-on-invalid-dep": "yes"} if dependency else {})}
+        extra = {"requeue": True, **({"kill-on-invalid-dep": "yes"} if dependency else {})}
         parameters = {
-            **{wish: getattr(self, wish) for wish in wishes},
+            **{key: getattr(self, key) for key in same},
             "job_name": name,
             "ntasks_per_node": self.ranks_per_node,
             "gpus_per_node": self.gpus_per_node or None,
@@ -119,7 +119,7 @@ class Resources:
             "srun_args": srun,
             "setup": [*self.setup, *setup],
             "dependency": dependency,
-            "additional_parameters": further,
+            "additional_parameters": extra,
         }
         return {key: value for key, value in parameters.items() if value is not None}
 

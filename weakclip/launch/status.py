@@ -32,7 +32,7 @@ def table(run: Path) -> Table:
     """Return a table with a row for the newest job of each stage. Raises ConfigError when nothing was submitted for the run."""
     newest = {entry.stage: entry for entry in journal.read(RunDir(run))}
     if not newest:
-        raise ConfigError(f"{run}: no job was submitted for it; submit one with: python launch/submit.py")
+        raise ConfigError(f"{run}: no job was submitted for it; submit one with: weakclip submit")
     tasks = slurm.tasks(entry.job for entry in newest.values() if entry.cluster == "slurm")
     states = {entry.job: _states(entry, tasks) for entry in newest.values()}
     rows = [

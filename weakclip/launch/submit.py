@@ -149,7 +149,7 @@ def to_slurm(plans: Sequence[Plan], config: Config, dependency: str | None) -> N
         print(f"{plan.stage.name:<10}job {job + array:<14}logs {plan.folder}/{job}_*_log.*")
         submitted.append(job)
         dependency = f"afterok:{job}"
-    print(f"progress  python launch/status.py {run}\ncurves    tensorboard --logdir {run}/tensorboard")
+    print(f"progress  weakclip status {run}\ncurves    tensorboard --logdir {run}/tensorboard")
     print(f"cancel    scancel {' '.join(submitted)}")
 
 

@@ -41,7 +41,7 @@ class View(NamedTuple):
 
     size: Size
     """H, W that the image is resized to."""
-    mirrored: bool
+    flipped: bool
     """Whether it is flipped horizontally."""
 
 
@@ -99,7 +99,7 @@ def predict_in_strips(
 
 def slide(predictor: Predictor, x_3HW: Tensor, config: InferenceConfig) -> Tensor:
     """Return the logits of a normalised image, float32 K x H x W: those of its windows, averaged where they overlap."""
-    view = View((x_3HW.shape[1], x_3HW.shape[2]), mirrored=False)
+    view = View((x_3HW.shape[1], x_3HW.shape[2]), flipped=False)
     logits = _forwards(predictor, _windows(view, x_3HW, config), config.window_batch)
     return logits_of(_side_by_side(predictor, view, logits, view.size, config))
 
@@ -115,7 +115,7 @@ def scaled_sizes(image_HW3: np.ndarray, config: InferenceConfig, scale: Sequence
 
 def views(sizes: Sequence[Size], config: InferenceConfig) -> list[View]:
     """Return the views of an image at `sizes`: each size, and if `config.flip` also its flip."""
-    return [View(size, mirrored) for size in sizes for mirrored in ((False, True) if config.flip else (False,))]
+    return [View(size, flipped) for size in sizes for flipped in ((False, True) if config.flip else (False,))]
 
 
 def passes(predictor: Predictor, image_HW3: np.ndarray, seen: Iterable[View], config: InferenceConfig) -> Iterator[Pass]:
@@ -127,7 +127,7 @@ def passes(predictor: Predictor, image_HW3: np.ndarray, seen: Iterable[View], co
         for view in ordered:
             x_HW3 = torch.from_numpy(transforms.resize_image(image_HW3, view.size)).to(predictor.device)
             x_3HW = predictor.normalisation.apply(x_HW3.permute(2, 0, 1).float())
-            yield from _windows(view, x_3HW.flip(2) if view.mirrored else x_3HW, config)
+            yield from _windows(view, x_3HW.flip(2) if view.flipped else x_3HW, config)
 
     logits = _forwards(predictor, windows(), config.window_batch)
     image = image_HW3.shape[0], image_HW3.shape[1]
@@ -171,7 +171,7 @@ def _side_by_side(predictor: Predictor, view: View, logits: Iterator[Tensor], im
     h, w = _shape(view.size, config)
     r, c = logits_Krc.shape[1] // len(down), logits_Krc.shape[2] // len(across)
     rows = Grid(tuple(down), h, _padded(h, predictor), r, image[0])
-    return Pass(logits_Krc, rows, Grid(tuple(across), w, _padded(w, predictor), c, image[1], view.mirrored))
+    return Pass(logits_Krc, rows, Grid(tuple(across), w, _padded(w, predictor), c, image[1], view.flipped))
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:

@@ -42,7 +42,7 @@ class Grid(NamedTuple):
     """Number of logits along this axis that the network gave for a window."""
     length: int
     """Side of the image, in pixels."""
-    mirrored: bool = False
+    flipped: bool = False
     """Whether the scaled image was flipped along this axis; the upsampled logits are flipped back."""
 
 
@@ -83,7 +83,7 @@ def spans(grid: Grid, tile: int, device: torch.device) -> tuple[Span, ...]:
         all_windows_sc[begin : begin + grid.window, number * grid.cells : (number + 1) * grid.cells] = one_window_wc
     all_windows_sc /= all_windows_sc.sum(1, keepdim=True)  # every window gives a pixel weights that sum to one
     weights_pc = interpolation(scaled, grid.length) @ all_windows_sc
-    weights_pc = weights_pc.flip(0) if grid.mirrored else weights_pc
+    weights_pc = weights_pc.flip(0) if grid.flipped else weights_pc
     parts = []
     for first in range(0, grid.length, tile):
         part_pc = weights_pc[first : first + tile]

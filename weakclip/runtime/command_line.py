@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,11 +33,18 @@ class _Verbosity(argparse.Action):
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
     """Call `main` with the command line's arguments. A user error becomes one line on stderr and exit code 1.
 
-    Any other error is a bug, and keeps its traceback. WEAKCLIP_TRACEBACK=1 shows the traceback of user errors as well.
+    A closed pipe on stdout, as in `weakclip report RUN | head`, ends the command quietly. Any other error is a bug and keeps its
+    traceback. WEAKCLIP_TRACEBACK=1 shows the traceback of user errors as well.
     """
     log.set_up()
     try:
         main(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails, and says so
+        sys.exit(1)
     except Exception as error:
         if os.environ.get("WEAKCLIP_TRACEBACK") or not is_user_error(error):
             raise
@@ -44,3 +52,10 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _stdout_is_closed() -> bool:
+    """Return whether stdout is a pipe whose reader is gone."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are reported whatever is asked for
+    return bool(poll.poll(0))

@@ -48,14 +48,14 @@ def test_the_same_image_gives_the_same_maps(clip, texts_CE, image_HW3):
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_mirrored_image_gives_mirrored_maps(clip, texts_CE, image_HW3, steps):
+def test_a_flipped_image_gives_flipped_maps(clip, texts_CE, image_HW3, steps):
     both = CamConfig(flip=True, affinity_steps=steps)
-    mirrored_HW3 = np.ascontiguousarray(image_HW3[:, ::-1])
-    maps_nhw, mirrored_nhw = (
-        gradcam.activation_maps(clip, image, texts_CE, 2, both, SCALE, (16, 24)) for image in (image_HW3, mirrored_HW3)
+    flipped_HW3 = np.ascontiguousarray(image_HW3[:, ::-1])
+    maps_nhw, flipped_nhw = (
+        gradcam.activation_maps(clip, image, texts_CE, 2, both, SCALE, (16, 24)) for image in (image_HW3, flipped_HW3)
     )
-    np.testing.assert_allclose(mirrored_nhw, maps_nhw[:, :, ::-1], atol=1e-4)
-    assert np.abs(mirrored_nhw - maps_nhw).max() > 1e-3
+    np.testing.assert_allclose(flipped_nhw, maps_nhw[:, :, ::-1], atol=1e-4)
+    assert np.abs(flipped_nhw - maps_nhw).max() > 1e-3
 
 
 def test_maps_are_weighed_by_the_gradient_that_open_clips_tower_gives(clip, texts_CE, image_13HW, make_tiny_clip):

@@ -104,11 +104,11 @@ def test_crops_and_flips_move_over_the_whole_image():
     assert 45 < sum(flipped) < 105
 
 
-@pytest.mark.parametrize("flip, mirrored", [(0.0, False), (1.0, True)])
-def test_flip_is_a_probability(flip, mirrored):
+@pytest.mark.parametrize("flip, flipped", [(0.0, False), (1.0, True)])
+def test_flip_is_a_probability(flip, flipped):
     for number in range(10):
         image_HW3 = augment(*coordinates(48, 48), generator(number), config(flip=flip), (48, 48))[0]
-        assert (image_HW3[0, 0, 0] > image_HW3[0, -1, 0]) == mirrored
+        assert (image_HW3[0, 0, 0] > image_HW3[0, -1, 0]) == flipped
 
 
 def test_small_images_are_padded_with_black_and_ignored_at_the_bottom_and_right():

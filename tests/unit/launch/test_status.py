@@ -88,7 +88,7 @@ def says(folder: Path, name: str, text: str, time: int = 1000) -> None:
 def test_a_run_without_jobs_is_one_clear_line(run, capsys):
     with pytest.raises(SystemExit, match="1"):
         cli.run(status.main, [str(run)])
-    assert capsys.readouterr().err == f"error: {run}: no job was submitted for it; submit one with: python launch/submit.py\n"
+    assert capsys.readouterr().err == f"error: {run}: no job was submitted for it; submit one with: weakclip submit\n"
 
 
 def test_the_table_is_printed(run, note, slurm, capsys):

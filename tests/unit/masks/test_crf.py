@@ -50,9 +50,9 @@ def test_marginals_sum_to_one_and_inputs_stay_as_they_were():
 
 def test_read_only_and_strided_arrays_are_taken():
     want_KHW = dense_crf(smooth_probs(3), IMAGE_HW3.copy(), CrfConfig())
-    read_only_HW3, mirrored_HW3 = IMAGE_HW3.copy(), IMAGE_HW3[:, ::-1].copy()[:, ::-1]
+    read_only_HW3, flipped_HW3 = IMAGE_HW3.copy(), IMAGE_HW3[:, ::-1].copy()[:, ::-1]
     read_only_HW3.flags.writeable = False
-    for image_HW3 in (read_only_HW3, mirrored_HW3):
+    for image_HW3 in (read_only_HW3, flipped_HW3):
         np.testing.assert_array_equal(dense_crf(smooth_probs(3), image_HW3, CrfConfig()), want_KHW)
 
 

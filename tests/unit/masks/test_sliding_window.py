@@ -127,8 +127,8 @@ def test_images_of_any_size_give_finite_probabilities_that_sum_to_one(tiny_model
 
 def test_the_mirrored_image_gives_the_mirrored_probabilities(tiny_model):
     predictor, image_HW3 = tiny_model().predictor(), picture(48, 75)
-    straight, mirrored = (predict(predictor, i, settings(flip=True), SCALE) for i in (image_HW3, image_HW3[:, ::-1].copy()))
-    torch.testing.assert_close(mirrored.flip(2), straight, rtol=1e-3, atol=1e-4)
+    straight, flipped = (predict(predictor, i, settings(flip=True), SCALE) for i in (image_HW3, image_HW3[:, ::-1].copy()))
+    torch.testing.assert_close(flipped.flip(2), straight, rtol=1e-3, atol=1e-4)
     alone = predict(predictor, image_HW3, settings(), SCALE)
     assert not alone.allclose(straight, atol=1e-4)
 

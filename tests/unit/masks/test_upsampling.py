@@ -43,8 +43,8 @@ def plainly(predictor: Predictor, image_HW3: np.ndarray, config: InferenceConfig
     total, count = torch.zeros(()), 0
     for h, w in scaled_sizes(image_HW3, config, SCALE):
         x_3HW = IMAGENET.apply(torch.from_numpy(resize_image(image_HW3, (h, w))).permute(2, 0, 1).float())
-        for mirrored in (False, True) if config.flip else (False,):
-            seen_3HW = x_3HW.flip(2) if mirrored else x_3HW
+        for flipped in (False, True) if config.flip else (False,):
+            seen_3HW = x_3HW.flip(2) if flipped else x_3HW
             sum_KHW, count_HW = torch.zeros(predictor.num_classes, h, w), torch.zeros(h, w)
             for y in starts(h, config.window, config.stride):
                 for x in starts(w, config.window, config.stride):
@@ -56,7 +56,7 @@ def plainly(predictor: Predictor, image_HW3: np.ndarray, config: InferenceConfig
                     count_HW[y : y + rows, x : x + columns] += 1
             logits = F.interpolate((sum_KHW / count_HW)[None], size=image_HW3.shape[:2], mode="bilinear")
             probs = logits.softmax(1)[0]
-            total, count = total + (probs.flip(2) if mirrored else probs), count + 1
+            total, count = total + (probs.flip(2) if flipped else probs), count + 1
     return total / count
 
 
