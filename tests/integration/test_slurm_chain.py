@@ -82,8 +82,8 @@ def test_a_failed_stage_ends_its_dependents_and_status_says_why(cluster, submit,
 def test_a_bug_leaves_its_traceback_in_the_jobs_log(cluster, submit, trained, with_a_bug, monkeypatch):
     for name, value in with_a_bug.items():
         monkeypatch.setitem(ENVIRONMENT, name, value)
-    job = submit("pseudo")["pseudo"]
-    cluster.wait_until(lambda: cluster.state(job) == "FAILED", job)
+    job = submit("pseudo", "--array-size", 1)["pseudo"]
+    cluster.wait_until(lambda: "FAILED" in cluster.state(job), job)
     log = logged(trained, "pseudo")
     assert "Traceback (most recent call last)" in log and "ValueError: operands could not be broadcast" in log
 
