@@ -4,6 +4,7 @@
 # make check  unit tests and lint, for every change
 # make test   all tests: several ranks, and a real Slurm where it is installed
 # make lint   ruff, mypy, import-linter, and hadolint on the Dockerfile
+# make bench-gpu  measure training steps on one GPU in eight minutes, into runs/bench-gpu.json
 # make image  the container image, by Docker or Podman (IMAGE=name; ARGS="--build-arg BASE=..." as the Dockerfile says)
 
 VENV ?= .venv
@@ -14,7 +15,7 @@ ENGINE = $(or $(shell command -v docker || command -v podman),$(error neither do
 
 unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes import the same modules
 
-.PHONY: demo clip backbones check test lint image
+.PHONY: demo clip backbones check test lint bench-gpu image
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +44,9 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/hadolint Dockerfile
+
+bench-gpu: $(READY)
+	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 image:
 	$(ENGINE) build --tag $(IMAGE) $(ARGS) .

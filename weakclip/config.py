@@ -303,10 +303,6 @@ class LossConfig:
     boundary: divergence from the CRF's output. auxiliary: cross-entropy of the score map."""
     balance: bool = True
     """Seeding loss: average foreground and background separately, image by image, as published. False: the paper's plain mean."""
-    ratio_clamp: list[float] | None = field(default_factory=lambda: [0.05, 20.0])
-    """Boundary loss: clamp psi / p to these bounds, as published (no gradient outside). Null: the paper's plain divergence."""
-    truncate_image: bool = True
-    """Truncate the image that the boundary loss' CRF sees to 8 bits, as published. False: round it."""
     tau: float = 0.07
     """Temperature that divides the score map in the auxiliary loss."""
 
@@ -316,8 +312,24 @@ class LossConfig:
             _require(name in LOSSES, f"loss.weights: unknown loss {name!r}; the losses are {', '.join(LOSSES)}")
             _require(weight >= 0, f"loss.weights.{name} must be 0 or more")
         _require(any(self.weights.values()), "loss.weights: at least one loss needs a positive weight")
+
+
+@dataclass
+class BoundaryConfig:
+    """The boundary loss: the divergence of the probabilities from a dense CRF's output on them."""
+
+    engine: str = "auto"
+    """What computes the CRF. lattice: pydensecrf's permutohedral lattice on a CPU core, as published. exact: all pairs of pixels,
+    as matrix products on the device. auto: exact on GPUs, lattice on CPUs."""
+    ratio_clamp: list[float] | None = field(default_factory=lambda: [0.05, 20.0])
+    """Clamp psi / p to these bounds, as published (no gradient outside). Null: the paper's plain divergence."""
+    truncate_image: bool = True
+    """Truncate the image that the CRF sees to 8 bits, as published. False: round it."""
+
+    def __post_init__(self) -> None:
+        _require_choice("boundary.engine", self.engine, ("auto", "exact", "lattice"))
         clamp = self.ratio_clamp
-        _require(clamp is None or (len(clamp) == 2 and 0 < clamp[0] < clamp[1]), "loss.ratio_clamp must be [low, high] > 0")
+        _require(clamp is None or (len(clamp) == 2 and 0 < clamp[0] < clamp[1]), "boundary.ratio_clamp must be [low, high] > 0")
 
 
 @dataclass
@@ -376,8 +388,13 @@ class TrainConfig:
     """Number of checkpoints that are kept: the newest ones."""
     pictures: int = 4
     """Number of images of the newest batch that TensorBoard shows at each validation."""
+    compile: str = "auto"
+    """Compile the costly parts of a step by torch.compile: on, off, or auto (on GPUs, except with ZeRO stage 3). The first step
+    then takes a minute or two, less where an earlier run has left compiled code in the user's cache directory."""
 
     def __post_init__(self) -> None:
+        self.compile = {"True": "on", "False": "off"}.get(self.compile, self.compile)  # YAML reads on and off as booleans
+        _require_choice("train.compile", self.compile, ("auto", "on", "off"))
         for name in ("steps", "batch", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, f"train.{name} must be 1 or more")
 
@@ -573,6 +590,8 @@ class Config:
     """The text-guided decoder."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Losses of WeakCLIP's training."""
+    boundary: BoundaryConfig = field(default_factory=BoundaryConfig)
+    """The boundary loss."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning-rate schedule of WeakCLIP's training."""
     train: TrainConfig = field(default_factory=TrainConfig)

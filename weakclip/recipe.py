@@ -35,6 +35,8 @@ RENAMED = {
     "cam.data": "data.labelled",
     "loss.boundary": "loss.weights.boundary",
     "loss.auxiliary": "loss.weights.auxiliary",
+    "loss.ratio_clamp": "boundary.ratio_clamp",
+    "loss.truncate_image": "boundary.truncate_image",
 }
 """Keys of earlier versions -> their current names."""
 

@@ -13,7 +13,9 @@ import pytest
 
 from tests.integration.conftest import ENVIRONMENT
 from tests.unit.test_sweep import REPEATED
-from weakclip import sweep
+from weakclip import report, sweep
+from weakclip.evaluation.published import Paper
+from weakclip.recipe import Sweep
 from weakclip.runtime.errors import UserError
 
 
@@ -100,3 +102,13 @@ def test_sigterm_ends_what_runs_as_well(tmp_path, jobs):
         assert command.wait(60) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_the_papers_ablations_are_the_shipped_sweeps(repo, monkeypatch):
+    monkeypatch.chdir(repo)
+    published = Paper.of("voc").sweeps
+    shipped = {path.stem: Sweep.read(path) for path in (repo / "configs/sweeps").glob("*.yaml")}
+    of_the_paper = {name for name, sweep in shipped.items() if sweep.recipe != Path("configs/demo.yaml")}
+    assert set(published) == set(report.SWEEPS) == of_the_paper
+    for name, values in published.items():
+        assert [str(task.run) for task in shipped[name].tasks] == [f"runs/voc/sweeps/{name}/{value}" for value in values]

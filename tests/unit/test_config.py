@@ -100,7 +100,7 @@ def test_the_defaults_are_those_of_voc(repo):
         ("data.mix={b: 0}", "data.mix"),
         ("data.mix={b: 0.0001}", "data.mix"),
         ("loss.grid=[64]", "loss.grid"),
-        ("loss.ratio_clamp=[2, 1]", "loss.ratio_clamp"),
+        ("boundary.ratio_clamp=[2, 1]", "boundary.ratio_clamp"),
         ("clip.normalisation=voc", "clip.normalisation"),
         ("clip.taps=[1, 2]", "clip.taps"),
         ("prompts.length=0", "prompts.length"),

@@ -126,7 +126,10 @@ def test_an_override_of_an_earlier_version_names_the_new_key(tmp_path, override,
 
 
 def test_every_renamed_key_is_named_by_one_that_there_is(tmp_path):
-    values = {"data.labelled": "labelled", "loss.weights.boundary": 0.5, "loss.weights.auxiliary": 0.5}
+    values = {
+        "data.labelled": "labelled", "loss.weights.boundary": 0.5, "loss.weights.auxiliary": 0.5,
+        "boundary.ratio_clamp": [0.1, 10], "boundary.truncate_image": False,
+    }  # fmt: skip
     assert {*recipe.RENAMED.values()} == values.keys()
     for old, new in recipe.RENAMED.items():
         with pytest.raises(ConfigError, match=f"^{old}=1: {old} was renamed; use {new}$"):

@@ -39,9 +39,9 @@ from weakclip.masks import sliding_window
 from weakclip.masks.crf import BOUNDARY, dense_crf
 from weakclip.models import released
 from weakclip.models.clip import tokenize
-from weakclip.models.decoder import resize
 from weakclip.models.losses import LossInputs, boundary_target, crf_images, on_grid, weighted_losses
 from weakclip.models.pretrained import unpack_tokens
+from weakclip.models.resize import resize
 from weakclip.models.weakclip import WeakCLIP
 from weakclip.runtime.tables import Table
 
@@ -239,15 +239,15 @@ def loss_parts(
 ) -> dict[str, Tensor]:
     """Return the parts of the losses under the names of the released code's intermediate results."""
     logits_BKGG, probs_BKGG, seeds_BGG = on_grid(logits_BKhw, seeds_BHW, config)
-    images_BGG3 = crf_images(images_B3HW, config.grid, IMAGENET, config.truncate_image)
-    target_BKGG = boundary_target(probs_BKGG, images_BGG3)
+    images_BGG3 = crf_images(images_B3HW, config.grid, IMAGENET, truncate=True)
+    target_BKGG = boundary_target(probs_BKGG, images_BGG3, "lattice")
     named_BHW = resize(scores_BKhw / config.tau, seeds_BHW.shape[1:]).argmax(1)
     return {
         "score_map": scores_BKhw,
         "logits_at_feature_size": logits_BKGG,
         "probs": probs_BKGG,
         "crf_probs_in": probs_BKGG.clamp(min=1e-4),
-        "crf_image_uint8": torch.from_numpy(images_BGG3),
+        "crf_image_uint8": images_BGG3,
         "crf_target_f32": target_BKGG,
         "crf_log_target_f64": target_BKGG,
         "cues_count": torch.stack([(seeds_BGG == k).sum((1, 2)) for k in range(probs_BKGG.shape[1])], dim=1).float(),

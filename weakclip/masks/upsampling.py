@@ -18,7 +18,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST_SUM = 1e-20
@@ -68,9 +67,15 @@ class Pass(NamedTuple):
     columns: Grid
 
 
-def interpolation(cells: int, length: int) -> Tensor:
-    """Return the weights of `F.interpolate` (bilinear, align_corners=False) along an axis, float64 length x cells."""
-    return F.interpolate(torch.eye(cells, dtype=torch.float64)[None], size=length, mode="linear")[0].T
+def interpolation(cells: int, length: int, align_corners: bool = False, device: torch.device | None = None) -> Tensor:
+    """Return the weights of `F.interpolate` (bilinear) along an axis, float64 length x cells: 1 minus the distance in cells."""
+    pixels_l = torch.arange(length, dtype=torch.float64, device=device)
+    if align_corners:
+        centres_l = pixels_l * ((cells - 1) / max(length - 1, 1))
+    else:
+        centres_l = ((pixels_l + 0.5) * (cells / length) - 0.5).clamp(0, cells - 1)
+    cells_c = torch.arange(cells, dtype=torch.float64, device=device)
+    return (1 - (centres_l[:, None] - cells_c).abs()).clamp(min=0)
 
 
 @lru_cache(maxsize=256)

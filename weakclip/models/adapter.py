@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weakclip.runtime.compilation import region
+
 
 class Doubling(nn.ConvTranspose2d):
     """2x2 transposed convolution of stride 2, which doubles both sides of a map."""
@@ -70,6 +72,7 @@ class PyramidAdapter(nn.Module):
         self.level3 = nn.GroupNorm(1, width)
         self.level4 = nn.Sequential(nn.GroupNorm(1, width), nn.MaxPool2d(kernel_size=2, stride=2))
 
+    @region
     def forward(self, taps_BDhw: Sequence[Tensor]) -> list[Level]:
         """Return the levels of four maps B x D x h x w: B x D x (4h, 2h, h, h/2) x (4w, 2w, w, w/2)."""
         first, second, third, fourth = taps_BDhw

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from weakclip.config import ClipConfig, ConfigError
 from weakclip.models.positions import resize_positions
 from weakclip.models.pretrained import load_clip, open_clip
+from weakclip.runtime.compilation import region
 
 
 class VisionFeatures(NamedTuple):
@@ -48,6 +49,7 @@ class VisionTower(nn.Module):
             raise ConfigError(f"clip.taps is {list(self.taps)}, but this vision tower has blocks 0..{depth - 1}")
         self.drop_paths = tuple(config.drop_path * index / max(depth - 1, 1) for index in range(depth))
 
+    @region
     def forward(self, images_B3HW: Tensor, drop_path: bool = False) -> VisionFeatures:
         """Return the features of normalised images whose sides are multiples of the patch. drop_path: stochastic depth is on."""
         h, w = (side // self.patch for side in images_B3HW.shape[2:])
@@ -86,6 +88,7 @@ class TextTower(nn.Module):
         self.blocks = clip.transformer.resblocks
         self.width = int(self.ln_final.normalized_shape[0])
 
+    @region
     def forward(self, names_KL: Tensor, prompts_ND: Tensor) -> Tensor:
         """Return the class embeddings, K x E. names_KL: token ids [start, name..., end, 0...]."""
         K, N = names_KL.shape[0], prompts_ND.shape[0]

@@ -10,13 +10,8 @@ from torch import Tensor, nn
 
 from weakclip.config import DecoderConfig
 from weakclip.models.adapter import Level
-
-
-def resize(x_BCHW: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
-    """Return maps resized bilinearly to H, W = `size`."""
-    if x_BCHW.shape[2:] == tuple(size):
-        return x_BCHW
-    return F.interpolate(x_BCHW, size=tuple(size), mode="bilinear", align_corners=align_corners)
+from weakclip.models.resize import resize
+from weakclip.runtime.compilation import region
 
 
 def _conv_norm_relu(in_channels: int, channels: int) -> nn.Sequential:
@@ -53,6 +48,7 @@ class Fpn(nn.Module):
         self.laterals = nn.ModuleList(Lateral(in_channels, channels, align_corners) for _ in range(levels))
         self.outputs = nn.ModuleList(nn.Conv2d(channels, channels, kernel_size=3, padding=1) for _ in range(levels))
 
+    @region
     def forward(self, pyramid: Sequence[Level], scores_BKhw: Tensor | None) -> list[Tensor]:
         levels = [lateral(level, scores_BKhw) for lateral, level in zip(self.laterals, pyramid, strict=True)]
         for fine in range(len(levels) - 2, -1, -1):
@@ -72,13 +68,14 @@ class FpnHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.classify = nn.Conv2d(channels, num_classes, kernel_size=1)
 
+    @region
     def forward(self, pyramid: Sequence[Tensor]) -> Tensor:
         total = torch.zeros((), device=pyramid[0].device)
         for level, x_BCHW in enumerate(pyramid):
             for conv in self.scales[level].children():
                 x_BCHW = conv(x_BCHW)
                 if level:
-                    x_BCHW = F.interpolate(x_BCHW, scale_factor=2, mode="bilinear", align_corners=False)
+                    x_BCHW = resize(x_BCHW, (2 * x_BCHW.shape[2], 2 * x_BCHW.shape[3]))
             total = total + (resize(x_BCHW, pyramid[0].shape[2:]) if level else x_BCHW)
         return self.classify(self.dropout(total))
 

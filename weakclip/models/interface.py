@@ -45,6 +45,9 @@ class Trained(nn.Module, ABC):
         """Return a copy that shares the frozen parameters."""
         return copy.deepcopy(self)
 
+    def cast_frozen(self) -> None:
+        """Hold frozen weights in the precision in which they are used, once and for all; the results stay the same."""
+
     def predictor(self) -> Predictor:
         """Return the network for inference, if it segments images; see weakclip.masks.sliding_window."""
         raise NotImplementedError(f"{type(self).__name__} does not segment")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weakclip.config import MatchingConfig
+from weakclip.runtime.compilation import region
 
 
 class Attention(nn.Module):
@@ -87,6 +88,7 @@ class CoAttentionMatching(nn.Module):
         if not self.coattends:
             self.requires_grad_(False)
 
+    @region
     def forward(self, text_KE: Tensor, global_BE: Tensor, visual_BEhw: Tensor) -> Tensor:
         """Return the score map lambda, B x K x h x w: the cosine similarity of every pixel and every class, in -1..1."""
         text_BKE, pixels_BLE = self.attend(text_KE, global_BE, visual_BEhw)

@@ -18,7 +18,7 @@ from weakclip.models.decoder import TextGuidedDecoder
 from weakclip.models.interface import Targets, Trained
 from weakclip.models.losses import LossInputs, weighted_losses
 from weakclip.models.matching import CoAttentionMatching
-from weakclip.models.precision import autocast
+from weakclip.models.precision import autocast, computes_in_bf16, to_bf16
 
 
 class Output(NamedTuple):
@@ -45,7 +45,7 @@ class WeakCLIP(Trained):
         self._frozen = (clip,)
         names = [*class_names, *config.matching.extra_names]
         self.names_KL = tokenize(names, config.clip.name_tokens)
-        self.precision, self.loss = config.precision, config.loss
+        self.precision, self.loss, self.boundary = config.precision, config.loss, config.boundary
         self.normalisation = NORMALISATIONS[config.clip.normalisation]
         self.num_classes = len(class_names)
         self.prompts_ND = nn.Parameter(nn.init.trunc_normal_(torch.empty(len(words_N), clip.text.width)))
@@ -72,6 +72,10 @@ class WeakCLIP(Trained):
 
     def twin(self) -> WeakCLIP:
         return copy.deepcopy(self, {id(self.clip): self.clip})
+
+    def cast_frozen(self) -> None:
+        if computes_in_bf16(self.precision, self.names_KL.device):
+            to_bf16(self.clip)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeakCLIP:
         self.clip._apply(fn)  # so that .to(device) also moves the frozen part
@@ -102,7 +106,8 @@ class WeakCLIP(Trained):
 
     def losses(self, output: Output, targets: Targets) -> dict[str, Tensor]:
         """Return the weighted losses of weakclip.models.losses by name; training minimises their sum."""
-        return weighted_losses(LossInputs(*output, targets.seeds_BHW, targets.images_B3HW, self.loss, self.normalisation))
+        inputs = LossInputs(*output, targets.seeds_BHW, targets.images_B3HW, self.loss, self.boundary, self.normalisation)
+        return weighted_losses(inputs)
 
 
 def parameter_counts(model: WeakCLIP) -> dict[str, int]:

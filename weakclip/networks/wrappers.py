@@ -12,9 +12,9 @@ from weakclip.config import Config
 from weakclip.data.photometric import IMAGENET
 from weakclip.labels import IGNORE
 from weakclip.masks.sliding_window import Predictor
-from weakclip.models.decoder import resize
 from weakclip.models.interface import Group, Targets, Trained
 from weakclip.models.precision import autocast
+from weakclip.models.resize import resize
 from weakclip.networks import mctformer
 from weakclip.networks.base import Network
 from weakclip.registry import NETWORKS

@@ -17,6 +17,7 @@ from weakclip.config import ConfigError, OptimConfig, TrainConfig
 from weakclip.data.photometric import distort
 from weakclip.data.stream import Batch
 from weakclip.models.interface import Targets, Trained
+from weakclip.runtime import compilation
 from weakclip.runtime.atomic import write_whole
 from weakclip.runtime.run_dir import RunDir
 from weakclip.training import optimizer_state
@@ -44,7 +45,16 @@ def make_optimizer(model: Trained, config: OptimConfig) -> torch.optim.Optimizer
         for parameters, decay in ((decayed, config.weight_decay), (rest, 0.0)):
             if parameters:
                 settings.append({"params": parameters, "lr": config.lr * group.lr, "weight_decay": decay})
-    return torch.optim.SGD(settings, momentum=0.9) if config.optimizer == "sgd" else torch.optim.AdamW(settings)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(settings, momentum=0.9)
+    return torch.optim.AdamW(settings, fused=True if next(model.parameters()).is_cuda else None)
+
+
+def compiles(setting: str, stage: int, device: torch.device) -> bool:
+    """Return whether steps are compiled. setting: `train.compile`. Raises ConfigError where it is on at ZeRO stage 3."""
+    if setting == "on" and stage == 3:  # its hooks gather parameters inside the regions
+        raise ConfigError("train.compile=on does not work with ZeRO stage 3; use auto, or train.deepspeed with a lower stage")
+    return setting == "on" or (setting == "auto" and stage < 3 and device.type == "cuda")
 
 
 class Engine:
@@ -57,8 +67,11 @@ class Engine:
         """
         self.job, self.world = job, world
         self.step = self.consumed = 0
+        settings = deepspeed_settings(job.train, job.optim)
+        compilation.switch(compiles(job.train.compile, settings["zero_optimization"]["stage"], world.device))
         moments = self._load(model, resume) if resume else None
         model = model.to(world.device)
+        model.cast_frozen()
         # The module that is validated and saved: a plain copy beside the one whose parameters ZeRO may partition.
         self.plain = model.twin().eval()
         done = self.step
@@ -68,7 +81,7 @@ class Engine:
             lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(
                 wrapped, lambda more: learning_rate_factor(done + more, job.optim, job.train.steps)
             ),
-            config=deepspeed_settings(job.train, job.optim),
+            config=settings,
         )
         optimizer_state.set_moments(self._engine, moments, self.step)
 
@@ -89,13 +102,13 @@ class Engine:
         return self._engine.get_lr()[0]
 
     def train_step(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Do one optimizer step on this rank's micro-batches. Returns mean losses by name, left on the device."""
+        """Do one optimizer step on this rank's micro-batches, which are on the device. Returns mean losses by name, on it too."""
         # Dropout and stochastic depth depend only on the step and the rank, so a resumed run draws the same.
         torch.manual_seed((self.job.recipe.seed * 1_000_003 + self.step) * self.world.ranks + self.world.rank)
         self._engine.train()
         sums: dict[str, Tensor] = {}
         for batch in batches:
-            targets = self._targets(batch)
+            targets = self.targets(batch)
             losses = self.plain.losses(self._engine(targets.images_B3HW), targets)
             losses["total"] = torch.stack(list(losses.values())).sum()
             self._engine.backward(losses["total"])
@@ -107,11 +120,10 @@ class Engine:
         self.consumed += self.global_batch
         return sums
 
-    def _targets(self, batch: Batch) -> Targets:
-        device = self.world.device
-        distorted_B3HW = distort(batch.images.to(device), batch.photometric.to(device))
-        images_B3HW = self.plain.normalisation.apply(distorted_B3HW)
-        return Targets(images_B3HW, batch.seeds.to(device).long(), batch.labels.to(device))
+    def targets(self, batch: Batch) -> Targets:
+        """Return what the network learns from a batch on the device, with its images distorted and normalised."""
+        images_B3HW = self.plain.normalisation.apply(distort(batch.images, batch.photometric))
+        return Targets(images_B3HW, batch.seeds.long(), batch.labels)
 
     def _note_gradient_norm(self) -> None:
         """Store the gradient norm at stage 0, from the full gradients before the step. ZeRO reports the norm after its step."""

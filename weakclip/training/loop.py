@@ -15,6 +15,7 @@ from weakclip.runtime.errors import is_user_error
 from weakclip.runtime.signals import Interrupted
 from weakclip.training.claim import claim, claim_data
 from weakclip.training.engine import Engine
+from weakclip.training.feeding import on_device
 from weakclip.training.interruption import Interruption
 from weakclip.training.jobs import Job
 from weakclip.training.monitor import Monitor
@@ -53,8 +54,9 @@ def _run(task: Task, world: World, resume: bool, index: Index, mixed: Sequence[I
     interruption = Interruption()
     settings = StreamSettings(job.data, job.augment, job.recipe.seed, job.train.batch)
     stream = training_batches(index, settings, task.target, engine.consumed, world.rank, world.ranks, mixed)
+    batches = on_device(stream, world.device)
     # Closing ends the loader's processes at once, not at garbage collection, and writes the last points of the curves.
-    with closing(Monitor(job, engine)) as monitor, closing(stream) as batches:
+    with closing(Monitor(job, engine)) as monitor, closing(stream):
         while engine.step < job.train.steps:
             with monitor.waiting():
                 micro_batches = list(islice(batches, job.train.accumulate))

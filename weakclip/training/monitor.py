@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from weakclip.config import ConfigError
 from weakclip.data.stream import Batch, too_many_bad
+from weakclip.runtime import compilation
 from weakclip.runtime.atomic import write_whole
+from weakclip.training import flops
 from weakclip.training.engine import Engine
 from weakclip.training.jobs import Job
 
@@ -39,6 +41,10 @@ class Monitor:
         self.bad: dict[str, None] = {}  # messages about unreadable samples, in order of appearance
         self._told = 0
         self._losses: list[dict[str, Tensor]] = []
+        self._first = compilation.is_on()  # a step that compiles takes minutes, and is left out of the rate
+        self._steps = 0
+        self._peak = flops.peak(engine.world.device)
+        self._flops = flops.per_image(engine.plain, job.augment.crop) if self._peak else 0
         self._since = time.perf_counter()
         self._waited = 0.0
         self.leader = engine.world.rank == 0
@@ -65,11 +71,16 @@ class Monitor:
         Raises ConfigError, on every rank, when more samples were unreadable than `data.max_bad_samples` allows.
         """
         self._losses.append(losses)
+        self._steps += 1
         self.bad |= dict.fromkeys(message for batch in batches for message in batch.bad)
         if self.leader:
             self._bar.update()
         if self.engine.step % self.job.train.log_every == 0 or self.engine.step == self.job.train.steps:
             self._log()
+        elif self._first:
+            _log.info("first step: %.0f s, with compilation", time.perf_counter() - self._since)
+            self._restart_clock()
+        self._first = False
 
     def _log(self) -> None:
         engine = self.engine
@@ -80,7 +91,9 @@ class Monitor:
         values = {f"loss/{name}": float(np.mean([report[0][name] for report in reports])) for name in means}
         values["lr"] = engine.lr
         values["gradient_norm"] = engine.gradient_norm
-        values["images_per_second"] = len(self._losses) * engine.global_batch / seconds
+        values["images_per_second"] = self._steps * engine.global_batch / seconds
+        if self._peak:
+            values["mfu_percent"] = 100 * self._flops * values["images_per_second"] / (engine.world.ranks * self._peak)
         values["data_wait_percent"] = 100 * float(np.mean([report[1] for report in reports]))
         values["memory_gib"] = _memory_gib(engine.world.device)
         values["bad_samples"] = len(self.bad)
@@ -89,11 +102,14 @@ class Monitor:
                 _log.warning("skipped: %s", message)
             self._told = len(self.bad)
             self.write(values)
-            _log.info(self._progress(values, seconds / len(self._losses)))
+            _log.info(self._progress(values, seconds / self._steps))
         self._losses.clear()
-        self._since, self._waited = time.perf_counter(), 0.0
+        self._restart_clock()
         if len(self.bad) > self.job.data.max_bad_samples:
             raise ConfigError(too_many_bad(list(self.bad), self.job.data.max_bad_samples))
+
+    def _restart_clock(self) -> None:
+        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     def write(self, values: dict[str, float]) -> None:
         """Write values as one line of metrics.jsonl and as points in TensorBoard. Rank 0 only."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from weakclip import fidelity as command
-from weakclip.config import LossConfig
+from weakclip.config import BoundaryConfig
 from weakclip.data.photometric import IMAGENET
 from weakclip.evaluation import fidelity
 from weakclip.models import released
@@ -125,11 +125,11 @@ def numbers(model: WeakCLIP, inputs: dict[str, torch.Tensor]) -> tuple[dict, dic
     probs = logits.softmax(1) + 1e-7
     probs = probs / probs.sum(1, keepdim=True)
     small = F.interpolate(seeds[:, None].float(), size=(15, 21))[:, 0].long()
-    target = boundary_target(probs.detach(), crf_images(images, (15, 21), IMAGENET, truncate=True))
+    target = boundary_target(probs.detach(), crf_images(images, (15, 21), IMAGENET, truncate=True), "lattice")
     named = F.interpolate(output.scores_BKhw / 0.1, size=(80, 80), mode="bilinear", align_corners=False)
     losses = {
         "decode.loss_seeding": seeding_loss(probs, small, balance=True),
-        "decode.loss_boundary": boundary_loss(probs, target, LossConfig().ratio_clamp),
+        "decode.loss_boundary": boundary_loss(probs, target, BoundaryConfig().ratio_clamp),
         "aux_identity.loss_ce": 0.3 * F.cross_entropy(named, seeds),
     }
     losses["loss_total"] = sum(losses.values())

@@ -75,7 +75,7 @@ def test_the_crfs_image_is_the_released_one_bit_by_bit(case):
 
 
 def test_the_target_is_the_released_one(case):
-    target_BKGG = boundary_target(case["probs"], case["crf_image_uint8"].numpy())
+    target_BKGG = boundary_target(case["probs"], case["crf_image_uint8"], "lattice")
     torch.testing.assert_close(target_BKGG, case["crf_target_f32"], rtol=0, atol=1e-3)
     torch.testing.assert_close(target_BKGG.sum(1), torch.ones_like(target_BKGG[:, 0]))
 
@@ -152,8 +152,8 @@ def test_the_target_is_a_constant():
 
 def test_the_crfs_image_is_cut_or_rounded_to_8_bit():
     images = IMAGENET.apply(torch.tensor([10.75, 20.25, 200.6]).view(1, 3, 1, 1).expand(1, 3, 4, 4))
-    assert (crf_images(images, (2, 2), IMAGENET, truncate=True) == [10, 20, 200]).all()
-    assert (crf_images(images, (2, 2), IMAGENET, truncate=False) == [11, 20, 201]).all()
+    assert (crf_images(images, (2, 2), IMAGENET, truncate=True) == torch.tensor([10, 20, 200])).all()
+    assert (crf_images(images, (2, 2), IMAGENET, truncate=False) == torch.tensor([11, 20, 201])).all()
 
 
 # ---------------------------------------------------------------------------------------------------------- auxiliary

@@ -197,6 +197,16 @@ def test_training_mode_alone_is_random(tiny_model):
     assert not model(x_B3HW).logits_BKhw.equal(model(x_B3HW).logits_BKhw)
 
 
+def test_frozen_weights_held_in_bf16_give_the_same_results(tiny_model):
+    model, images = tiny_model("precision=bf16"), torch.randn(2, 3, 64, 64)
+    before = model(images)
+    model.cast_frozen()
+    after = model(images)
+    assert all(torch.equal(first, second) for first, second in zip(before, after, strict=True))
+    assert model.clip.vision.conv1.weight.dtype == torch.bfloat16 and model.clip.vision.ln_post.weight.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tiny_model):
     model = trained(tiny_model("precision=bf16"), images(2, 3, 64, 64))
     output = model.eval()(images(2, 3, 64, 64))

@@ -1,10 +1,8 @@
-"""Measure time and peak memory of one training step, or of one pseudo mask, at full size with random weights.
+"""Measure time and peak memory of one pseudo mask at full size with random weights.
 
-    python benchmarks/full_size.py step --config configs/voc.yaml
-    python benchmarks/full_size.py mask --config configs/coco.yaml
+    python benchmarks/mask.py --config configs/voc.yaml
 
-A step is a forward pass, the three losses, a backward pass and AdamW on 2 images of 512 x 512, with the recipe's other settings.
-A mask is one 500 x 375 image with the recipe's scales, flip and CRF.
+The image has 500 x 375 pixels; scales, flip and CRF are the recipe's.
 """
 
 from __future__ import annotations
@@ -24,43 +22,25 @@ from weakclip.config import Config
 from weakclip.data.sample import DecodedSample
 from weakclip.masks.mask_folder import MaskSettings
 from weakclip.masks.writing import predict_mask
-from weakclip.models.losses import LossInputs, weighted_losses
 from weakclip.models.weakclip import WeakCLIP
 
 
-def step(model: WeakCLIP, config: Config, device: torch.device) -> Callable[[], None]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
-    images_B3HW = torch.randn(2, 3, config.augment.crop, config.augment.crop, device=device)
-    seeds_BHW = torch.randint(0, len(model.names_KL), (2, config.augment.crop, config.augment.crop), device=device)
-    model.train()
-
-    def once() -> None:
-        output = model(images_B3HW)
-        losses = weighted_losses(LossInputs(output.logits_BKhw, output.scores_BKhw, seeds_BHW, images_B3HW, config.loss))
-        torch.stack(list(losses.values())).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return once
-
-
-def mask(model: WeakCLIP, config: Config, device: torch.device) -> Callable[[], None]:
+def mask(model: WeakCLIP, config: Config) -> Callable[[], object]:
+    """Return a function that makes the mask."""
     image_HW3 = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
     sample = DecodedSample("noise", image_HW3, (1,), cam=None, seed=None, mask=None)
     predictor, settings = model.eval().predictor(), MaskSettings.of(config)
-    return lambda: (predict_mask(predictor, sample, settings), None)[1]
+    return lambda: predict_mask(predictor, sample, settings)
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "mask"))
     parser.add_argument("--repeat", type=int, default=3, help="timed repetitions, after one warm-up")
     config, options = cli.parse_config(parser, arguments)
     config.clip.pretrained = "none"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = WeakCLIP(config, labels.class_names(config.classes)).to(device)
-    once = {"step": step, "mask": mask}[options.what](model, config, device)
+    once = mask(model, config)
     seconds = []
     for _ in range(options.repeat + 1):
         start = time.perf_counter()
@@ -73,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{options.what}, K = {len(model.names_KL)}, {where}: median {statistics.median(seconds[1:] or seconds):.2f} s of "
+        f"mask, K = {len(model.names_KL)}, {where}: median {statistics.median(seconds[1:] or seconds):.2f} s of "
         f"{[round(s, 2) for s in seconds]}, peak memory {peak / 2**30:.2f} GiB"
     )
 

@@ -1,0 +1,63 @@
+"""Write docs/performance.md: its tables are made of the JSON files of benchmarks/step.py and benchmarks/gpu.py.
+
+    python benchmarks/table.py docs/benchmarks/*.json
+
+Between the two marks in the page everything is replaced; the text around them is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+BEGIN, END = "<!-- begin: python benchmarks/table.py docs/benchmarks/*.json -->\n", "<!-- end -->\n"
+COLUMNS = {
+    "ours, images/s": lambda step: step["ours"]["images_per_s"],
+    "released order, images/s": lambda step: step["released"]["images_per_s"],
+    "ratio": lambda step: step["ratio"],
+    "GiB": lambda step: step["ours"]["peak_gib"],
+    "GiB, released": lambda step: step["released"]["peak_gib"],
+    "MFU": lambda step: step.get("mfu", "-"),
+}
+
+
+def steps(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the measurements in a file, by name."""
+    found = json.loads(file.read_text())
+    return {file.stem.replace("_", " "): found} if "ratio" in found else found
+
+
+def markdown(files: Sequence[Path]) -> str:
+    """Return a table of all measurements, and one of the parts of each step."""
+    named = [(name, step) for file in files for name, step in steps(file).items()]
+    done = [(name, step) for name, step in named if "failed" not in step]
+    lines = [row("measurement", *COLUMNS, "machine"), row(*["---"] * (len(COLUMNS) + 2))]
+    for name, step in done:
+        shape = f"{name}: batch {step['batch']}, {step['crop']} x {step['crop']}, K = {step['classes']}"
+        lines.append(row(shape, *(column(step) for column in COLUMNS.values()), f"{step['hardware']}, torch {step['torch']}"))
+    lines += [row(name, *["-"] * len(COLUMNS), step["failed"]) for name, step in named if "failed" in step]
+    for name, step in done:
+        parts = {which: step[which]["parts_ms"] for which in ("ours", "released")}
+        lines += ["", f"{name}, by part (ms; each part ends with a wait for the device, so their sum is larger than a step):", ""]
+        lines += [row("part", "ours", "released order"), row("---", "---", "---")]
+        every = dict.fromkeys([*parts["ours"], *parts["released"]])
+        lines += [row(part, parts["ours"].get(part, "-"), parts["released"].get(part, "-")) for part in every]
+    return "\n".join(lines) + "\n"
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(before + BEGIN + markdown([Path(name) for name in sys.argv[1:]]) + END + after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""A training step on the device: compiled regions have the losses of eager mode, and nothing is read from it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.integration.conftest import metrics
+from weakclip import recipe
+
+
+def test_a_compiled_training_has_the_losses_of_an_eager_one(launch, tiny_recipe, make_shards, tmp_path):
+    shards = make_shards(tmp_path / "shards", count=8, per_shard=4)
+    losses = {}
+    for compiled in ("off", "on"):
+        run = tmp_path / compiled
+        given = (
+            f"run={run}",
+            f"data.train={shards.root}",
+            "train.steps=4",
+            "train.log_every=1",
+            "optim.warmup=2",
+            "optim.lr=1e-3",
+        )
+        done = launch(0, "weakclip.train", "--config", tiny_recipe, *given, f"train.compile={compiled}", "boundary.engine=exact")
+        assert "could not be compiled" not in done.stderr
+        losses[compiled] = metrics(run)
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-5) and len(losses["on"]) == 4
+
+
+@pytest.mark.parametrize(("engine", "reads"), [("exact", False), ("lattice", True)])
+def test_a_step_reads_nothing_from_the_device_but_the_lattices_input(launch, tiny_recipe, tmp_path, engine, reads):
+    config = recipe.load(tiny_recipe, [f"run={tmp_path}/run", f"boundary.engine={engine}"])
+    recipe.save(config, tmp_path / "config.yaml")
+    done = launch(1, "tests.integration.count_reads", tmp_path / "config.yaml")
+    assert ("losses.py" in done.stdout.splitlines()[-1]) == reads and (done.stdout.splitlines()[-1] == "{}") != reads

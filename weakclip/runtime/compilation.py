@@ -1,0 +1,77 @@
+"""Compilation of the costly parts of a training step, region by region.
+
+A region is a function or a method marked with `@region`. By default compilation is off, and a region runs as it is written.
+Regions are small because whole steps don't compile everywhere: a failure costs one region, not the run.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_log = logging.getLogger(__name__)
+_on = False
+
+
+def switch(on: bool) -> None:
+    """Compile regions from now on, or stop doing so. Compiled code is kept in the user's cache directory for the next process."""
+    global _on
+    _on = on
+    if on:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "weakclip" / "compiled"))
+        os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
+
+
+def is_on() -> bool:
+    """Return whether regions are compiled."""
+    return _on
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Run regions as they are written inside."""
+    before = _on
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
+def region(function: Callable[P, R]) -> Callable[P, R]:
+    """Mark a function or method that is compiled where gradients are enabled. Inference, with its many shapes, runs it as it is.
+
+    Random numbers are those of eager mode. A failed compilation is one warning, and the region then runs as it is written.
+    """
+    compiled: Callable[P, R] | None = None
+    failed = False
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal compiled, failed
+        if not _on or failed or not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        if compiled is None:
+            options: dict[str, Any] = {"fallback_random": True}
+            compiled = torch.compile(function, dynamic=False, options=options)
+        try:
+            return compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            failed = True
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            _log.warning("%s could not be compiled and runs in eager mode: %s", function.__qualname__, reason)
+            return function(*args, **kwargs)
+
+    return call
