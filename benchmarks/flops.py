@@ -33,7 +33,7 @@ def by_part(model: WeakCLIP, crop: int) -> dict[str, int]:
 
     with torch.no_grad():
         features = counted("vision tower", model.clip.vision, image_13HW)
-        text_KE = counted("text tower (once a step)", model.encode_names)
+        text_KE = counted("text tower, once a batch", model.encode_names)
         scores = counted("matching", model.matching, text_KE, features.global_BE, features.visual_BEhw)
         levels = counted("adapter", model.adapter, features.taps)
         maps = counted("neck, with the last doublings", model.decoder.neck, levels, scores)
@@ -47,11 +47,11 @@ def main(arguments: Sequence[str]) -> None:
     config.clip.pretrained = "none"
     model = WeakCLIP(config, labels.class_names(config.classes)).eval()
     counts = by_part(model, config.augment.crop)
-    whole = flops.per_image(model, config.augment.crop)
-    counts |= {"forward": sum(counts.values()), "forward and backward": whole}
+    whole = flops.per_image(model, config.augment.crop, config.train.batch)
+    counts |= {f"forward and backward, batch {config.train.batch}": whole}
     print(Table("", ("part", "GFLOP an image"), [(name, count / 1e9) for name, count in counts.items()]))
     for name, rate in flops.PEAKS.items():
-        print(f"{name.strip()}: at least {1e3 * whole / rate:.2f} ms an image, at most {rate / whole:,.0f} images/s")
+        print(f"{name}: at least {1e3 * whole / rate:.2f} ms an image, at most {rate / whole:,.0f} images/s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run what fits into eight minutes on one GPU, and write one JSON: training steps against the released order of work.
+"""Measure training steps on one GPU for at most eight minutes, against the released order of work, and write one JSON.
 
     make bench-gpu                                    # runs/bench-gpu.json
     python benchmarks/gpu.py --device cpu             # a trial at small sizes, not a measurement
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("runs/bench-gpu.json"))
     options = parser.parse_args()
     small = options.device == "cpu"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if small else dict(os.environ)
     end = time.monotonic() + SECONDS
     found: dict[str, Any] = {}
     for name, (recipe, *more) in MEASUREMENTS.items():
@@ -49,19 +51,19 @@ def main() -> None:
         given = ["--batch", "2", "--device", "cpu", *more[2:], *SMALL] if small else more
         step = [sys.executable, str(HERE / "step.py"), "--config", str(RECIPES / recipe)]
         line = [*step, "--rounds", str(rounds), *given]
-        found[name] = measured(line, left) if left > 30 else {"failed": "no time was left"}
+        found[name] = measured(line, left, env) if left > 30 else {"failed": "no time was left"}
         print(f"{name}: {summary(found[name])}", flush=True)
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written: {options.json}")
 
 
-def measured(line: list[str], seconds: float) -> dict[str, Any]:
+def measured(line: list[str], seconds: float, env: dict[str, str]) -> dict[str, Any]:
     """Return the figures of a run of benchmarks/step.py, or the reason why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "figures.json")
         try:
-            done = subprocess.run([*line, "--json", str(out)], capture_output=True, text=True, timeout=seconds)
+            done = subprocess.run([*line, "--json", str(out)], capture_output=True, text=True, timeout=seconds, env=env)
         except subprocess.TimeoutExpired:
             return {"failed": f"not within {seconds:.0f} s"}
         if done.returncode:

@@ -20,6 +20,7 @@ from weakclip.config import BoundaryConfig, Config
 from weakclip.data.stream import Batch
 from weakclip.models.losses import LossInputs, weighted_losses
 from weakclip.models.weakclip import WeakCLIP
+from weakclip.runtime import compilation
 
 NEIGHBOURS = 10
 Part = Callable[[str], AbstractContextManager[None]]
@@ -47,6 +48,10 @@ class ReleasedOrder:
 
     def parts(self, batch: Batch, part: Part) -> None:
         """Do a step, each part of it in the context `part(name)`."""
+        with compilation.paused():
+            self._parts(batch, part)
+
+    def _parts(self, batch: Batch, part: Part) -> None:
         model = self.model
         images_B3HW = model.normalisation.apply(batch.images.float())
         with part("vision tower"):
@@ -71,7 +76,7 @@ class ReleasedOrder:
             self.optimizer.zero_grad()
 
     def _match(self, text_KE: Tensor, global_BE: Tensor, visual_BEhw: Tensor) -> Tensor:
-        """Co-attention whose first layers compute what nothing reads."""
+        """Run the matching with all layers, also those whose output is not used."""
         matching = self.model.matching
         context_BME = torch.cat([global_BE.unsqueeze(1), visual_BEhw.flatten(2).transpose(1, 2)], dim=1)
         text_BKD = matching.text_proj(text_KE.expand(len(global_BE), -1, -1))
@@ -114,7 +119,7 @@ class ReleasedOrder:
         return head.classify(head.dropout(total))
 
     def _neighbours(self, features_BCHW: Tensor) -> Tensor:
-        """Which of the grid's pixels are among the nearest of each in feature space, B x N x N, image by image."""
+        """Return which of the grid's pixels are among the nearest of each in feature space, B x N x N, image by image."""
         grid_BCGG = F.interpolate(features_BCHW, size=tuple(self.model.loss.grid), mode="bilinear")
         found = []
         for features_CN in grid_BCGG.flatten(2):

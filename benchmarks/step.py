@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -123,11 +124,11 @@ def measure(config: Config, device: torch.device, rounds: int, only: str | None 
     for name in [only] if only else list(made):
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         steppers[name] = made[name]()
-        held = torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
         start = time.perf_counter()
         steppers[name].step(batch)
         wait_for(device)
-        found[name] = {"first_step_s": round(time.perf_counter() - start, 2), "seconds": [], "held": held}
+        found[name] = {"first_step_s": round(time.perf_counter() - start, 2), "seconds": [], "peak_gib": 0.0}
+        found[name]["held"] = torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
     for _ in range(rounds):
         for name, stepper in steppers.items():
             if device.type == "cuda":
@@ -138,11 +139,12 @@ def measure(config: Config, device: torch.device, rounds: int, only: str | None 
             found[name]["seconds"].append(time.perf_counter() - start)
             if device.type == "cuda":
                 others = sum(other["held"] for key, other in found.items() if key != name)
-                found[name]["peak_gib"] = round((torch.cuda.max_memory_allocated() - others) / 2**30, 2)
+                peak = round((torch.cuda.max_memory_allocated() - others) / 2**30, 2)
+                found[name]["peak_gib"] = max(found[name]["peak_gib"], peak)
     for name, stepper in steppers.items():
         clock, times = Clock(device), found[name].pop("seconds")
-        for _ in range(2 if rounds > 1 else 1):
-            stepper.parts(batch, clock.part)
+        for warm in (False, True, True, True) if only is None else ():
+            stepper.parts(batch, clock.part if warm else Clock(device).part)
         seconds = statistics.median(times)
         found[name].pop("held")
         found[name] |= {
@@ -166,14 +168,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, help="images a step (default: the recipe's train.batch)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each, after one warm-up")
-    parser.add_argument("--tf32", action="store_true", help="let fp32 products use tf32, for the released order of work")
+    parser.add_argument(
+        "--tf32", action="store_true", help="let fp32 matrix products use tf32; convolutions do so by torch's default"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     parser.add_argument("--only", choices=("ours", "released"), help="measure one of both and print its figures as JSON")
     config, options = cli.parse_config(parser, arguments)
     config.train.batch = options.batch or config.train.batch
     if config.clip.model is not None:
         config.clip.pretrained = "none"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    if options.tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     device = torch.device(options.device)
     if options.only:
         print(json.dumps(measure(config, device, options.rounds, options.only)))
@@ -193,7 +200,9 @@ def main(arguments: list[str]) -> None:
         **found,
     }  # fmt: skip
     if rate := flops.peak(device):
-        operations = flops.per_image(WeakCLIP(config, labels.class_names(config.classes)).to(device), config.augment.crop)
+        operations = flops.per_image(
+            WeakCLIP(config, labels.class_names(config.classes)).to(device), config.augment.crop, config.train.batch
+        )
         result["mfu"] = round(operations * result["images_per_s"] / rate, 3)
     print(table(result))
     if options.json:

@@ -62,10 +62,10 @@ def load_saved(run: RunDir) -> Config:
     """Return the config that a run was started with, also by an earlier version with other key names. Raises as `load`."""
     found = _read_yaml(run.config, "config")
     for old, new in RENAMED.items():
-        if (value := OmegaConf.select(found, old)) is not None:
-            OmegaConf.update(found, new, float(value) if old.startswith("loss.") else value, force_add=True)
-        if OmegaConf.select(found, old.rpartition(".")[0]) is not None:
-            found[old.partition(".")[0]].pop(old.partition(".")[2], None)
+        group, _, name = old.partition(".")
+        if isinstance(section := found.get(group), DictConfig) and name in section:
+            value = section.pop(name)
+            OmegaConf.update(found, new, float(value) if new.startswith("loss.weights.") else value, force_add=True)
     if isinstance(OmegaConf.to_container(found).get("data", {}).get("build"), list):  # type: ignore[union-attr]
         found.data.pop("build")  # an earlier version's command line; it does not decide what is trained
     merged = _defaults()

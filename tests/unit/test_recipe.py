@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from weakclip import recipe
 from weakclip.config import Config, ConfigError
 from weakclip.recipe import load, save
+from weakclip.runtime.run_dir import RunDir
 
 
 def written(folder: Path, text: str) -> Path:
@@ -135,3 +137,13 @@ def test_every_renamed_key_is_named_by_one_that_there_is(tmp_path):
         with pytest.raises(ConfigError, match=f"^{old}=1: {old} was renamed; use {new}$"):
             load(written(tmp_path, ""), [f"{old}=1"])
         assert load(written(tmp_path, ""), [f"{new}={values[new]}"]) != Config()
+
+
+@pytest.mark.parametrize("clamp", [[0.1, 10.0], None])
+def test_a_run_of_an_earlier_version_keeps_its_settings_under_their_new_names(tmp_path, clamp):
+    run = RunDir(tmp_path)
+    saved = {"cam": {"data": "set"}, "loss": {"boundary": True, "auxiliary": 0, "ratio_clamp": clamp, "truncate_image": False}}
+    run.config.write_text(yaml.safe_dump(saved))
+    config = recipe.load_saved(run)
+    assert config.data.labelled == "set" and config.loss.weights == {"seeding": 1.0, "boundary": 1.0, "auxiliary": 0.0}
+    assert (config.boundary.ratio_clamp, config.boundary.truncate_image) == (clamp, False)

@@ -68,7 +68,7 @@ class Pass(NamedTuple):
 
 
 def interpolation(cells: int, length: int, align_corners: bool = False, device: torch.device | None = None) -> Tensor:
-    """Return the weights of `F.interpolate` (bilinear) along an axis, float64 length x cells: 1 minus the distance in cells."""
+    """Return the weights of `F.interpolate` (bilinear) along an axis, float64 length x cells: 1 - distance, at least 0."""
     pixels_l = torch.arange(length, dtype=torch.float64, device=device)
     if align_corners:
         centres_l = pixels_l * ((cells - 1) / max(length - 1, 1))

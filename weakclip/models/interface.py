@@ -46,7 +46,7 @@ class Trained(nn.Module, ABC):
         return copy.deepcopy(self)
 
     def cast_frozen(self) -> None:
-        """Hold frozen weights in the precision in which they are used, once and for all; the results stay the same."""
+        """Convert frozen weights to the type in which they are used, for the same results. Networks without any do nothing."""
 
     def predictor(self) -> Predictor:
         """Return the network for inference, if it segments images; see weakclip.masks.sliding_window."""

@@ -31,8 +31,8 @@ def _warn_if_slow() -> None:
 
 
 def to_bf16(frozen: nn.Module) -> None:
-    """Convert the weights that autocast would cast to bf16 at every step, for the same results: those of linear layers,
-    convolutions and attention. All others, such as those of layer norms, stay as they are."""
+    """Convert the weights of linear layers, convolutions and attention to bf16, as autocast would at every step, for the same
+    results. Other weights, such as those of layer norms, stay as they are."""
     for module in frozen.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention):
             for parameter in module.parameters(recurse=False):

@@ -27,12 +27,14 @@ def resize(x_BCHW: Tensor, size: Sequence[int], align_corners: bool = False) -> 
 
 
 def by_matrices(x_BCHW: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
-    """Return maps resized by two matrix products: rows @ x @ columns^T."""
+    """Return maps resized by two matrix products: rows @ x @ columns^T. Half precision is computed in fp32, as torch does."""
+    computed = torch.promote_types(x_BCHW.dtype, torch.float32)
     rows_Hh, columns_Ww = (
-        _weights(before, after, align_corners, x_BCHW.dtype, x_BCHW.device)
+        _weights(before, after, align_corners, computed, x_BCHW.device)
         for before, after in zip(x_BCHW.shape[2:], size, strict=True)
     )
-    return rows_Hh @ x_BCHW @ columns_Ww.T
+    with torch.autocast(x_BCHW.device.type, enabled=False):
+        return (rows_Hh @ x_BCHW.to(computed) @ columns_Ww.T).to(x_BCHW.dtype)
 
 
 def doubled(x_BCHW: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch._functorch import config as functorch_config
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,7 +32,8 @@ def switch(on: bool) -> None:
     if on:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "weakclip" / "compiled"))
-        os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
+        if hasattr(functorch_config, "force_non_lazy_backward_lowering"):  # so that a failure shows in the forward pass
+            functorch_config.force_non_lazy_backward_lowering = True
 
 
 def is_on() -> bool:

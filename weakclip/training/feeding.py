@@ -12,21 +12,18 @@ from weakclip.data.stream import Batch
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield batches on `device`. On a GPU each is copied, on a stream of its own, while the one before is in use."""
+    """Yield batches on `device`. On a GPU each is copied on a stream of its own, beside the kernels of the step before."""
     if device.type != "cuda":
         yield from batches
         return
     copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    ahead: Batch | None = None
-    for batch in batches:
+    for batch in batches:  # a step only queues its kernels, so the next copy begins while they run
         with torch.cuda.stream(copying):
             batch = batch._replace(**{name: part.to(device, non_blocking=True) for name, part in _tensors(batch).items()})
-        if ahead is not None:
-            yield ahead
         computing.wait_stream(copying)
         for part in _tensors(batch).values():
             part.record_stream(computing)  # or its memory is reused while a kernel still reads it
-        ahead = batch
+        yield batch
 
 
 def _tensors(batch: Batch) -> dict[str, Any]:

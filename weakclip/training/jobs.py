@@ -52,7 +52,18 @@ _DATA = ("data.train", "data.mix")
 def refine(recipe: Config) -> Job:
     """Return the job that trains WeakCLIP on seeds: the stage `train`. Raises ConfigError as `_check_seeds` does."""
     _check_seeds(recipe)
-    model = ("augment", "clip", "prompts", "adapter", "matching", "decoder", "loss", "boundary", "demo")
+    model = (
+        "augment",
+        "clip",
+        "prompts",
+        "adapter",
+        "matching",
+        "decoder",
+        "loss",
+        "demo",
+        "boundary.ratio_clamp",
+        "boundary.truncate_image",
+    )
     return Job(
         "train",
         recipe,

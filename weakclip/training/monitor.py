@@ -44,7 +44,7 @@ class Monitor:
         self._first = compilation.is_on()  # a step that compiles takes minutes, and is left out of the rate
         self._steps = 0
         self._peak = flops.peak(engine.world.device)
-        self._flops = flops.per_image(engine.plain, job.augment.crop) if self._peak else 0
+        self._flops = flops.per_image(engine.plain, job.augment.crop, job.train.batch) if self._peak else 0
         self._since = time.perf_counter()
         self._waited = 0.0
         self.leader = engine.world.rank == 0
@@ -78,7 +78,8 @@ class Monitor:
         if self.engine.step % self.job.train.log_every == 0 or self.engine.step == self.job.train.steps:
             self._log()
         elif self._first:
-            _log.info("first step: %.0f s, with compilation", time.perf_counter() - self._since)
+            losses["total"].item()  # waits for the device
+            _log.info("first step: %.0f s", time.perf_counter() - self._since)
             self._restart_clock()
         self._first = False
 

@@ -40,7 +40,11 @@ def set_moments(engine: Any, tensors: Mapping[str, Tensor] | None, step: int) ->
     shown = [part for group in optimizer.param_groups for part in group["params"]]
     held = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else shown
     for part in held:
-        optimizer.state[part] = {"step": torch.tensor(float(step)), **{name: torch.zeros_like(part) for name in names}}
+        place = part.device if optimizer.defaults.get("fused") else None  # a fused optimizer counts its steps on the device
+        optimizer.state[part] = {
+            "step": torch.tensor(float(step), device=place),
+            **{name: torch.zeros_like(part) for name in names},
+        }
     if stage in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed would do this in its first step
     if tensors is None:

@@ -32,6 +32,18 @@ def assert_same(function, size, align_corners, before, dtype, tolerance):
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
+def test_bf16_is_rounded_once_and_autocast_leaves_fp32_alone():
+    maps = torch.randn(2, 3, 9, 7, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            torch.equal(resize(maps, (30, 31), True), resize(maps.clone(), (30, 31), True))
+            and resize(maps, (30, 31)).dtype == maps.dtype
+        )
+        rounded = resize(maps.bfloat16(), (30, 31), align_corners=True)
+    exact = F.interpolate(maps.bfloat16().double(), size=(30, 31), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(rounded.double(), exact, rtol=2**-8, atol=1e-6)
+
+
 DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str)
 
 
