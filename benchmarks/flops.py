@@ -31,13 +31,12 @@ def by_part(model: WeakCLIP, crop: int) -> dict[str, int]:
         counts[name] = counter.get_total_flops()
         return result
 
-    with torch.no_grad():
-        features = counted("vision tower", model.clip.vision, image_13HW)
-        text_KE = counted("text tower, once a batch", model.encode_names)
-        scores = counted("matching", model.matching, text_KE, features.global_BE, features.visual_BEhw)
-        levels = counted("adapter", model.adapter, features.taps)
-        maps = counted("neck, with the last doublings", model.decoder.neck, levels, scores)
-        counted("head", model.decoder.head, maps)
+    features = counted("vision tower", model.clip.vision, image_13HW)
+    text_KE = counted("text tower, once a batch", model.encode_names)
+    scores = counted("matching", model.matching, text_KE, features.global_BE, features.visual_BEhw)
+    levels = counted("adapter", model.adapter, features.taps)
+    maps = counted("neck, with the last doublings", model.decoder.neck, levels, scores)
+    counted("head", model.decoder.head, maps)
     return counts
 
 

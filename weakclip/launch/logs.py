@@ -23,4 +23,4 @@ def _lines(path: Path) -> list[str]:
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - 20_000, 0))
         text = file.read().decode(errors="replace").replace("\r", "\n")
-    return [line for line in text.splitlines() if line.strip() and not line.startswith("submitit INFO")]
+    return [line for line in text.splitlines() if line.strip() and not line.startswith(("submitit INFO", "submitit ERROR"))]

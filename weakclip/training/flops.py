@@ -31,7 +31,9 @@ def _of_batch(model: Trained, crop: int, images: int) -> int:
         output = model.eval()(images_B3HW)  # batch norm keeps its statistics
         parts = (output,) if isinstance(output, torch.Tensor) else output
         learning = [part.sum() for part in parts if isinstance(part, torch.Tensor) and part.requires_grad]
-        torch.autograd.grad(learning, trained, allow_unused=True)
+        torch.autograd.backward(learning)  # the counter's hooks do not work with torch.autograd.grad
+    for parameter in trained:
+        parameter.grad = None
     model.train(was_training)
     return counter.get_total_flops()
 

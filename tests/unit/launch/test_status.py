@@ -241,3 +241,9 @@ def test_the_newest_line_is_that_of_the_log_written_to_last(tmp_path):
 def test_the_last_line_says_what_matters(tmp_path, text, last):
     (tmp_path / "12_0_log.err").write_bytes(text.encode(errors="surrogateescape"))
     assert logs.last_line(tmp_path, "12") == last
+
+
+def test_submitits_own_lines_are_not_the_reason_of_a_failure(tmp_path):
+    (tmp_path / "7_0_log.err").write_text("Traceback\nValueError: shapes\n")
+    (tmp_path / "7_0_log.out").write_text("submitit INFO (now) - Starting\nsubmitit ERROR (now) - Submitted job triggered it\n")
+    assert logs.last_line(tmp_path, "7") == "ValueError: shapes"
