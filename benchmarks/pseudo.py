@@ -40,8 +40,8 @@ from weakclip.data.reading import load
 from weakclip.data.sample import DecodedSample
 from weakclip.data.transforms import resize_image
 from weakclip.masks import crf, mask_folder, sliding_window
+from weakclip.masks.curves import Curves
 from weakclip.masks.mask_folder import MaskSettings
-from weakclip.masks.statistics import Curves
 from weakclip.masks.writing import write_masks
 from weakclip.models.load import load_weakclip
 from weakclip.models.weakclip import WeakCLIP

@@ -390,7 +390,8 @@ class TrainConfig:
     """Number of images of the newest batch that TensorBoard shows at each validation."""
     compile: str = "auto"
     """Compile the costly parts of a step by torch.compile: on, off, or auto (on GPUs, except with ZeRO stage 3). The first step
-    then takes a minute or two, less where an earlier run has left compiled code in the user's cache directory."""
+    then takes a minute or two, less where an earlier run has left compiled code in the user's cache directory. It also applies
+    to pseudo masks, where auto compiles on GPUs if a job has a thousand masks or more to write."""
 
     def __post_init__(self) -> None:
         self.compile = {"True": "on", "False": "off"}.get(self.compile, self.compile)  # YAML reads on and off as booleans
@@ -411,8 +412,8 @@ class InferenceConfig:
     """Side of the sliding window, in pixels."""
     stride: int = 341
     """Distance between two windows, in pixels; at most `window`."""
-    window_batch: int = 4
-    """Windows per forward pass, from all scales and flips of one image. A large GPU has room for 16 or more."""
+    window_batch: int | None = None
+    """Windows per forward pass, from all scales and flips of one image. Null: 16 on a GPU, 4 on a CPU."""
     crf: CrfConfig | None = field(default_factory=CrfConfig)
     """Dense CRF at full resolution; null: none."""
     restrict_to_labels: bool = False
@@ -421,12 +422,13 @@ class InferenceConfig:
     """Also write the probabilities before the CRF: KEY.npz next to KEY.png."""
     processes: int | None = None
     """Worker processes that run the CRF and write the files, in addition to the network's process. On a CPU, two or more of them
-    also set the number of images in progress, one core each. Null: one per core that this job may use; 0: none."""
+    also set the number of images in progress, one core each. The stage `cam` uses as many. Null: one per core that this job may
+    use; 0: none."""
 
     def __post_init__(self) -> None:
         _require(bool(self.scales) and min(self.scales) > 0, "pseudo.scales must be positive numbers")
         _require(0 < self.stride <= self.window, "pseudo.stride must lie in 1..pseudo.window")
-        _require(self.window_batch >= 1, "pseudo.window_batch must be 1 or more")
+        _require(self.window_batch is None or self.window_batch >= 1, "pseudo.window_batch must be 1 or more, or null")
         _require(self.processes is None or self.processes >= 0, "pseudo.processes must be 0 or more, or null")
 
     def single_scale(self) -> InferenceConfig:

@@ -1,11 +1,13 @@
-"""A training step on the device: compiled regions have the losses of eager mode, and nothing is read from it."""
+"""Compiled regions give what eager mode gives, in training and in inference, and a step reads nothing from the device."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.integration.conftest import metrics
 from weakclip import recipe
+from weakclip.runtime import compilation
 
 
 def test_a_compiled_training_has_the_losses_of_an_eager_one(launch, tiny_recipe, make_shards, tmp_path):
@@ -25,6 +27,16 @@ def test_a_compiled_training_has_the_losses_of_an_eager_one(launch, tiny_recipe,
         assert "could not be compiled" not in done.stderr
         losses[compiled] = metrics(run)
     assert losses["on"] == pytest.approx(losses["off"], rel=1e-5) and len(losses["on"]) == 4
+
+
+def test_a_compiled_region_gives_the_same_in_inference(tiny_model, caplog):
+    matching, texts_KE, global_BE, visual_BEhw = tiny_model().matching, *map(torch.randn, [(5, 32), (2, 32), (2, 32, 4, 4)])
+    with torch.inference_mode():
+        eager = matching(texts_KE, global_BE, visual_BEhw)
+        with compilation.one_shape():
+            compiled = matching(texts_KE, global_BE, visual_BEhw)
+    assert "could not be compiled" not in caplog.text
+    torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.parametrize(("engine", "reads"), [("exact", False), ("lattice", True)])

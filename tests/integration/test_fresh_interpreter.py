@@ -33,6 +33,12 @@ def test_a_login_node_need_not_load_torch():
     assert subprocess.run([sys.executable, "-c", line], env=ENVIRONMENT).returncode == 0
 
 
+def test_workers_need_not_load_torch():
+    modules = "weakclip.masks.finishing, weakclip.masks.crf, weakclip.evaluation.scoring"
+    line = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", line], env=ENVIRONMENT).returncode == 0
+
+
 def test_only_the_library_in_use_is_imported():
     program = (
         "import sys; from weakclip import registry; "

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
 
 from tests.integration.work import die, process_and_signals, process_and_square, square
+from weakclip.masks.crf import BOUNDARY, boundary_crfs, dense_crf
 from weakclip.runtime.workers import WorkerPool, map_in_threads
 
 
@@ -55,8 +57,33 @@ def test_the_processes_leave_a_jobs_signals_to_the_one_that_began_them():
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+def test_the_boundary_losss_crf_is_the_same_in_processes():
+    generator = np.random.default_rng(0)
+    probs_BKHW = generator.dirichlet(np.ones(4), (3, 12, 10)).astype(np.float32).transpose(0, 3, 1, 2)
+    pairs = list(zip(probs_BKHW, generator.integers(0, 256, (3, 12, 10, 3), np.uint8), strict=True))
+    np.testing.assert_array_equal(boundary_crfs(pairs, 2), [dense_crf(*pair, BOUNDARY) for pair in pairs])
+
+
+WORKING = """
+from weakclip.masks.crf import BOUNDARY, boundary_crfs, dense_crf
+from weakclip.runtime.workers import WorkerPool
+print("this is", __name__)
+if __name__ == "__main__":
+    with WorkerPool(1) as behind:
+        print([*behind.map(abs, [-1, -2])])
+"""
+
+
+def test_the_processes_do_not_import_the_command_again(tmp_path, repo):
+    (tmp_path / "working.py").write_text(WORKING)
+    environment = os.environ | {"PYTHONPATH": str(repo)}
+    done = subprocess.run([sys.executable, tmp_path / "working.py"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "this is __main__\n[1, 2]\n"
+
+
 ENDLESS = """
 import itertools, time
+from weakclip.masks.crf import BOUNDARY, boundary_crfs, dense_crf
 from weakclip.runtime.workers import WorkerPool
 if __name__ == "__main__":
     with WorkerPool(2) as behind:

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from weakclip.data.sample import Cam, DecodedSample, PackedSample, decode_sample
 from weakclip.datasets import writing
 from weakclip.masks.seeds import seed_mask
 from weakclip.registry import CAM_SOURCES
+from weakclip.runtime.workers import WorkerPool, cores, map_in_threads
 
 _log = logging.getLogger(__name__)
 
@@ -47,15 +49,17 @@ def written(config: Config, labelled: Index | None) -> int:
 class WithCam:
     """Load a sample of a labelled set and add the CAM that `make` computes and, with `seeds.crf`, its seed mask.
 
-    It notes images without labels and empty maps, for `warnings`.
+    Several threads may call it. It notes images without labels and empty maps, for `warnings`.
     """
 
     labelled: Index
     make: Callable[[DecodedSample], Cam]
     seeds: SeedConfig
+    workers: WorkerPool
+    """Compute the seed masks."""
     unlabelled: list[str] = field(default_factory=list)
-    empty: Counter[int] = field(default_factory=Counter)
-    """Number of all-zero maps of each class."""
+    empty: list[int] = field(default_factory=list)
+    """The class of each all-zero map."""
 
     def __call__(self, entry: Entry) -> PackedSample:
         parts = read_entry(self.labelled, entry)
@@ -63,11 +67,11 @@ class WithCam:
         parts.pop("cam.npz", None)
         if sample.classes:
             cam = self.make(sample)
-            self.empty.update(index for index, map_hw in zip(cam.classes, cam.maps_nhw, strict=True) if not map_hw.any())
+            self.empty.extend(index for index, map_hw in zip(cam.classes, cam.maps_nhw, strict=True) if not map_hw.any())
             parts["cam.npz"] = cam.encode()
             if self.seeds.crf:  # too slow to repeat in each epoch
-                own = replace(sample, cam=cam, seed=None)
-                parts["seed.png"] = encode_mask_png(seed_mask(own, self.seeds))
+                own = replace(sample, cam=cam, seed=None, mask=None)
+                parts["seed.png"] = encode_mask_png(self.workers.run(partial(seed_mask, config=self.seeds), own))
         else:
             self.unlabelled.append(entry.key)
         return PackedSample(entry.key, parts, f"{self.labelled.storage}/{entry.shard}")
@@ -79,15 +83,16 @@ class WithCam:
             named = ", ".join(self.unlabelled[:10]) + (", ..." if len(self.unlabelled) > 10 else "")
             lines.append(f"{len(self.unlabelled)} images have no label and get no CAM: {named}")
         if self.empty:
-            counts = ", ".join(f"{self.labelled.classes[index]} {count}" for index, count in sorted(self.empty.items()))
-            lines.append(f"{self.empty.total()} maps are all zero, by class: {counts}")
+            counted = sorted(Counter(self.empty).items())
+            counts = ", ".join(f"{self.labelled.classes[index]} {count}" for index, count in counted)
+            lines.append(f"{len(self.empty)} maps are all zero, by class: {counts}")
         return lines
 
 
 def run(config: Config, part: str | None) -> None:
     """Run the stage `cam`: write those of the shards "A:B" that are missing in `data.train`.
 
-    The task that writes the last shard completes the set.
+    Several images are in progress, on a CPU each on one core. The task that writes the last shard completes the set.
     """
     labelled = open_labelled(config)
     shards = len(labelled.shards)
@@ -95,16 +100,18 @@ def run(config: Config, part: str | None) -> None:
         return
     numbers = select_numbers(shards, part, str(labelled.storage))
     make, note = registry.load(CAM_SOURCES[config.cam.source].maker)(config, labelled)
-    load = WithCam(labelled, make, config.seeds)
-    build = writing.Build(
-        labelled.entries,
-        load,
-        Path(config.data.train).resolve(),
-        labelled.classes,
-        [len(shard.samples) for shard in labelled.shards],
-        {**provenance(config, labelled), **note},
-        version=lambda entry: entry.key,  # its content is in the provenance, as the fingerprint of the labelled set
-    )
-    build.run(numbers=numbers)
+    processes = cores() if config.pseudo.processes is None else config.pseudo.processes
+    with WorkerPool(processes if config.seeds.crf else 0) as workers:
+        load = WithCam(labelled, make, config.seeds, workers)
+        build = writing.Build(
+            labelled.entries,
+            load,
+            Path(config.data.train).resolve(),
+            labelled.classes,
+            [len(shard.samples) for shard in labelled.shards],
+            {**provenance(config, labelled), **note},
+            version=lambda entry: entry.key,  # its content is in the provenance, as the fingerprint of the labelled set
+        )
+        build.run(numbers=numbers, apply=lambda load, entries: map_in_threads(load, max(processes, 1), entries))
     for line in load.warnings():
         _log.warning(line)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +32,8 @@ BUILD = "build.json"
 """File in a set that a recipe made, and in OUT.partial, with `Build.provenance` and the number of shards."""
 
 T = TypeVar("T")
+Apply = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+"""Calls a function for each item and yields the results in order."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,10 @@ class Build(Generic[T]):
         sizes = self.samples_per_shard
         return math.ceil(len(self.items) / sizes) if isinstance(sizes, int) else len(sizes)
 
-    def run(self, processes: int = 1, numbers: range | None = None) -> Index | None:
+    def run(self, processes: int = 1, numbers: range | None = None, apply: Apply = map) -> Index | None:
         """Write those of the shards `numbers` (None: all) that are missing. Each process writes whole shards.
 
+        apply: calls `load` for the items of a shard and yields its results in their order, such as `map`, or one with threads.
         The job that writes the last one completes the set and returns its index; while shards are missing, None is returned.
         Raises ShardError naming the key when a sample fails a check, and when `out` or OUT.partial holds something else. Errors
         of `load` pass through.
@@ -82,7 +85,7 @@ class Build(Generic[T]):
                 paths = [work / f"{_name(number)}.tar" for number in missing]
                 # With worker processes, samples are counted when their shard is written.
                 load = self.load if processes > 1 else _counting(self.load, bar)
-                write = partial(_write_shard, load, len(self.classes))
+                write = partial(_write_shard, load, apply, len(self.classes))
                 for number, shard in zip(
                     missing, map_in_processes(write, processes, [*zip(paths, chunks, strict=True)]), strict=True
                 ):
@@ -232,14 +235,15 @@ def _counting(load: Callable[[T], Sample | PackedSample], bar: Any) -> Callable[
     return counted
 
 
-def _write_shard(load: Callable[[T], Sample | PackedSample], num_classes: int, work: tuple[Path, Sequence[T]]) -> Shard:
+def _write_shard(
+    load: Callable[[T], Sample | PackedSample], apply: Apply, num_classes: int, work: tuple[Path, Sequence[T]]
+) -> Shard:
     from webdataset.writer import TarWriter  # imports torch, which readers of shards do not need
 
     (path, items), entries = work, []
     with whole(path) as unfinished:
         with open(unfinished, "xb") as file, TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:
-            for item in items:
-                sample = load(item)
+            for sample in apply(load, items):
                 parts = sample.encode()
                 try:
                     check_parts(parts, sample.key, num_classes)

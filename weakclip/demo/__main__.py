@@ -10,16 +10,18 @@ from collections.abc import Sequence
 
 from weakclip import cli
 from weakclip.demo import pipeline
+from weakclip.runtime.tables import Table
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(prog="weakclip demo", description="Run the whole pipeline on a synthetic world.")
     config, _ = cli.parse_config(parser, arguments)
-    start = time.monotonic()
-    scores = pipeline.run(config)
+    start, stages = time.monotonic(), pipeline.Stages()
+    scores = pipeline.run(config, stages)
     print(f"{pipeline.table(scores)}\n")
     print(f"scores    {config.run}/scores.json\npictures  {config.run}/pictures.png\nmasks     {config.run}/masks/")
     print(f"curves    tensorboard --logdir {config.run}/tensorboard")
+    print(f"{Table('', ('stage', 'minutes'), list(stages.minutes.items()))}")
     print(f"took {(time.monotonic() - start) / 60:.1f} minutes")
 
 

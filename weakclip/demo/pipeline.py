@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,26 +57,41 @@ ROWS = {
 }
 
 
-def run(config: Config) -> dict[str, float]:
+class Stages:
+    """Names each stage as it starts. `minutes` holds how long each took."""
+
+    def __init__(self) -> None:
+        self.minutes: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        _log.info(name)
+        start = time.monotonic()
+        yield
+        self.minutes[name] = (time.monotonic() - start) / 60
+
+
+def run(config: Config, stage: Stages) -> dict[str, float]:
     """Run the whole pipeline in the run directory, and return mIoU (%) by name. An interrupted run resumes."""
     if config.demo.seeds == "exact":  # the seeds are the exact masks, drawn with the images
         config = replace(config, seeds=replace(config.seeds, crf=None))
     job = jobs.refine(config)
     claim(job, resume=True)
     folder = job.run.root
-    unseen = draw_shards(config)
-    _log.info("making CAMs from labels with the frozen CLIP")
-    make.run(config, part=None)
+    with stage(f"drawing {config.demo.size} images for training and as many unseen ones"):
+        unseen = draw_shards(config)
+    with stage("making CAMs from labels with the frozen CLIP"):
+        make.run(config, part=None)
     seen = open_index(config.data.train, job.names)
-    _log.info(f"training WeakCLIP, {config.train.steps} steps")
-    train(job, World.join(), resume=True)
-    _log.info("scoring the CAMs")
-    baselines = Baselines.of(_samples(config, seen), seen, crf_settings(config), config.pseudo.processes)
+    with stage(f"training WeakCLIP, {config.train.steps} steps"):
+        train(job, World.join(), resume=True)
+    with stage("scoring the CAMs"):
+        baselines = Baselines.of(_samples(config, seen), seen, crf_settings(config), config.pseudo.processes)
     scores = {"cam": baselines.cam, "cam_crf": baselines.cam_crf}
     name = "ceiling" if config.demo.seeds == "exact" else "weakclip"
     for index, row in ((seen, name), (unseen, f"unseen_{name}")):
-        _log.info(f"pseudo masks: {ROWS[row]}")
-        scores |= mask_scores(config, index, folder / "masks", row)
+        with stage(f"pseudo masks: {ROWS[row]}"):
+            scores |= mask_scores(config, index, folder / "masks", row)
     rounded = {name: round(value, 2) for name, value in scores.items()}
     write_whole(job.run.final_scores, json.dumps(rounded, indent=1) + "\n")
     draw(config, seen, baselines, folder / "masks" / name).save(folder / "pictures.png")
@@ -125,7 +142,6 @@ def draw_shards(config: Config) -> Index:
     for out, load in ((config.data.labelled, training_sample), (config.data.val, unseen_sample)):
         path = Path(str(out))
         if not (path / "index.json").is_file():
-            _log.info(f"drawing {demo.size} images")
             path.parent.mkdir(parents=True, exist_ok=True)
             build_shards(range(demo.size), load, path, names, samples_per_shard=64)
     return open_index(str(config.data.val), names)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cache
+
 import numpy as np
 import pydensecrf.densecrf as densecrf
 from pydensecrf.utils import unary_from_softmax
 
 from weakclip.config import CrfConfig
+from weakclip.runtime.workers import WorkerPool
 
 # The CRF of the boundary loss (released code: sxy 3 / 80, srgb 13, compat 3 / 10, ten iterations).
 BOUNDARY = CrfConfig(bilateral_sxy=80, bilateral_srgb=13, bilateral_compat=10)
@@ -29,6 +33,23 @@ def dense_crf(probs_KHW: np.ndarray, image_HW3: np.ndarray, config: CrfConfig) -
         compat=config.bilateral_compat,
     )
     return np.asarray(field.inference(config.iterations), np.float32).reshape(K, H, W)
+
+
+def boundary_crfs(pairs: Iterable[tuple[np.ndarray, np.ndarray]], processes: int) -> list[np.ndarray]:
+    """Return the marginals of the boundary loss' CRF for pairs of probabilities and image, as `dense_crf` takes them.
+
+    They are computed by that number of worker processes, which stay for the next call, or by this process if it is 1 or less.
+    """
+    return [*_workers(processes if processes > 1 else 0).map(_boundary_crf, pairs)]
+
+
+@cache
+def _workers(processes: int) -> WorkerPool:
+    return WorkerPool(processes)
+
+
+def _boundary_crf(pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    return dense_crf(*pair, BOUNDARY)
 
 
 def refine(probs_KHW: np.ndarray, image_HW3: np.ndarray, config: CrfConfig) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from weakclip.config import InferenceConfig
 from weakclip.data.sample import DecodedSample
 from weakclip.masks import sliding_window
+from weakclip.masks.finishing import Likely
 from weakclip.masks.mask_folder import MaskSettings
 from weakclip.runtime.errors import UserError
 
@@ -26,15 +26,6 @@ class NotFiniteError(UserError):
 
 class ImageTooLargeError(UserError):
     """An image runs out of memory even in the smallest parts. The message names it and its size."""
-
-
-class Likely(NamedTuple):
-    """The classes that win at least one pixel of an image, n of them, and their probabilities."""
-
-    classes_n: np.ndarray
-    """int64, ascending."""
-    probs_nHW: np.ndarray
-    """float32. They sum to less than one where classes that win no pixel, or that the labels exclude, have a share."""
 
 
 Rows = Callable[[], Iterator[list[Tensor]]]

@@ -37,16 +37,22 @@ class MaskSettings:
         return cls(config.pseudo, config.data.scale, config.seeds, config.data.workers)
 
 
+HOW = ("processes", "soft", "window_batch")
+"""Settings that do not decide the masks. Earlier versions recorded `window_batch`."""
+
+
 def provenance(settings: MaskSettings, weights: Path) -> dict[str, Any]:
     """Return everything that decides the pixels of the masks, as a dict for JSON."""
-    decides = {name: value for name, value in asdict(settings.inference).items() if name not in ("processes", "soft")}
+    decides = {name: value for name, value in asdict(settings.inference).items() if name not in HOW}
     return {"weights": sha256(weights), "scale": settings.scale, **decides}
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
     """Return the provenance of the masks in `folder`; None if none have been started."""
     note = folder / "about.json"
-    return json.loads(note.read_text()) if note.is_file() else None
+    if not note.is_file():
+        return None
+    return {name: value for name, value in json.loads(note.read_text()).items() if name not in HOW}
 
 
 def open_for_writing(folder: Path, settings: MaskSettings, weights: Path) -> None:

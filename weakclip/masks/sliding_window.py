@@ -2,12 +2,14 @@
 
 Windows of one shape go through the network in batches, whichever scales and flips of the image they come from. From the scale at
 which both sides reach the window, all windows have one shape (48 of the 52 of a 375 x 500 image in the published recipe), enough
-to fill a GPU. Images never share a batch, so an image's probabilities do not depend on which other images a task has.
+to fill a GPU. Those full windows may run compiled, in batches that are filled up to one size. Images never share a batch, so an
+image's probabilities do not depend on which other images a task has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import groupby, islice
 from typing import NamedTuple
 
@@ -20,8 +22,11 @@ from weakclip.config import InferenceConfig
 from weakclip.data import transforms
 from weakclip.data.photometric import Normalisation
 from weakclip.masks.upsampling import TILE, WHOLE, Grid, Pass, Tiles, add_probabilities, blank, joined, logits_of
+from weakclip.runtime import compilation
 
 Size = transforms.Size
+BATCHES = {"cpu": 4, "cuda": 16}
+"""Windows per forward pass where `window_batch` is null, by device."""
 
 
 class Predictor(NamedTuple):
@@ -34,6 +39,8 @@ class Predictor(NamedTuple):
     least_side: int
     """Smallest side that the network takes, in pixels; smaller images are padded."""
     device: torch.device
+    compiled: bool = False
+    """Compile the network for batches of full windows."""
 
 
 class View(NamedTuple):
@@ -100,7 +107,7 @@ def predict_in_strips(
 def slide(predictor: Predictor, x_3HW: Tensor, config: InferenceConfig) -> Tensor:
     """Return the logits of a normalised image, float32 K x H x W: those of its windows, averaged where they overlap."""
     view = View((x_3HW.shape[1], x_3HW.shape[2]), flipped=False)
-    logits = _forwards(predictor, _windows(view, x_3HW, config), config.window_batch)
+    logits = _forwards(predictor, _windows(view, x_3HW, config), config)
     return logits_of(_side_by_side(predictor, view, logits, view.size, config))
 
 
@@ -129,7 +136,7 @@ def passes(predictor: Predictor, image_HW3: np.ndarray, seen: Iterable[View], co
             x_3HW = predictor.normalisation.apply(x_HW3.permute(2, 0, 1).float())
             yield from _windows(view, x_3HW.flip(2) if view.flipped else x_3HW, config)
 
-    logits = _forwards(predictor, windows(), config.window_batch)
+    logits = _forwards(predictor, windows(), config)
     image = image_HW3.shape[0], image_HW3.shape[1]
     return (_side_by_side(predictor, view, logits, image, config) for view in ordered)
 
@@ -147,11 +154,16 @@ def _windows(view: View, x_3HW: Tensor, config: InferenceConfig) -> Iterator[Ten
             yield x_3HW[:, y : y + h, x : x + w]
 
 
-def _forwards(predictor: Predictor, windows: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
+def _forwards(predictor: Predictor, windows: Iterable[Tensor], config: InferenceConfig) -> Iterator[Tensor]:
     """Yield the logits of each window, float32 K x h x w at the network's resolution, in order."""
-    for _, alike in groupby(windows, key=lambda x_3hw: x_3hw.shape):
+    batch = config.window_batch or BATCHES[predictor.device.type]
+    for (_, h, w), alike in groupby(windows, key=lambda x_3hw: x_3hw.shape):
+        compiled = predictor.compiled and h == w == config.window
         while part := list(islice(alike, batch)):
-            yield from forward(predictor, torch.stack(part))
+            with compilation.one_shape() if compiled else nullcontext():
+                filled = part + part[:1] * (batch - len(part)) if compiled else part
+                logits_BKhw = forward(predictor, torch.stack(filled))
+            yield from logits_BKhw[: len(part)]
 
 
 def forward(predictor: Predictor, x_B3HW: Tensor) -> Tensor:

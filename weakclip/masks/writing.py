@@ -6,57 +6,30 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from weakclip.config import CrfConfig
 from weakclip.data.index import Index, select_shards
 from weakclip.data.sample import DecodedSample
 from weakclip.data.stream import StoredSamples
-from weakclip.masks import crf, mask_folder
-from weakclip.masks.fallback import Likely, NotFiniteError, likely_classes
+from weakclip.masks import mask_folder
+from weakclip.masks.curves import Curves
+from weakclip.masks.fallback import NotFiniteError, likely_classes
+from weakclip.masks.finishing import Unfinished, finish, mask_of
 from weakclip.masks.mask_folder import MaskSettings
-from weakclip.masks.seeds import seed_mask
 from weakclip.masks.sliding_window import Predictor
-from weakclip.masks.statistics import Curves, Quality, measure
 from weakclip.runtime.workers import WorkerPool, map_in_threads
 
 _log = logging.getLogger(__name__)
 
-
-class Unfinished(NamedTuple):
-    """An image after the network's forward pass: what a worker needs to run the CRF and write the files."""
-
-    sample: DecodedSample
-    found: Likely
-    num_classes: int
-    settings: MaskSettings
-    folder: Path
+ON_A_GPU = 3
+"""Images in progress on a GPU: while one waits for it, the next is resized and queued."""
 
 
 def predict_mask(predictor: Predictor, sample: DecodedSample, settings: MaskSettings) -> np.ndarray:
     """Return the mask of one sample, uint8 H x W of class indices."""
     return mask_of(likely_classes(predictor, sample, settings), sample.image, settings.inference.crf)
-
-
-def mask_of(found: Likely, image_HW3: np.ndarray, config: CrfConfig | None) -> np.ndarray:
-    """Return the mask, uint8 H x W of class indices, after a dense CRF unless `config` is None. image_HW3: uint8 RGB."""
-    if config is None:
-        return found.classes_n[found.probs_nHW.argmax(0)].astype(np.uint8)
-    return found.classes_n[crf.refine(found.probs_nHW, image_HW3, config)].astype(np.uint8)
-
-
-def finish(work: Unfinished) -> Quality:
-    """Write the files of one image. The mask comes last: if it exists, the image is done. Raises OSError naming the file."""
-    sample, inference = work.sample, work.settings.inference
-    mask_HW = mask_of(work.found, sample.image, inference.crf)
-    if inference.soft:
-        mask_folder.save_soft(work.found.classes_n, work.found.probs_nHW, mask_folder.soft_path(work.folder, sample.key))
-    mask_folder.save(mask_HW, work.folder / f"{sample.key}.png")
-    seed_HW = None if sample.seed is None and sample.cam is None else seed_mask(sample, work.settings.seeds)
-    return measure(mask_HW, work.found, seed_HW, work.num_classes)
 
 
 def write_masks(
@@ -69,8 +42,8 @@ def write_masks(
 ) -> None:
     """Write KEY.png of every sample into `out`; an existing mask is left unchanged.
 
-    The network runs in this process. The workers get only the likely classes, run the CRF and write the files while the network
-    computes the next image. On a CPU, one image per worker is in progress, each on one core from the network to its files.
+    The network runs in this process, on several images at a time. The workers get only the likely classes, run the CRF and write
+    the files meanwhile. On a CPU, one image per worker is in progress, each on one core from the network to its files.
     """
     inference, unlabelled = settings.inference, list[str]()
 
@@ -88,8 +61,10 @@ def write_masks(
 
     if predictor.device.type == "cpu" and workers.processes > 1:
         made = map_in_threads(lambda sample: workers.run(finish, unfinished(sample)), workers.processes, missing())
-    else:
+    elif predictor.device.type == "cpu":
         made = workers.map(finish, map(unfinished, missing()))
+    else:
+        made = workers.map(finish, map_in_threads(unfinished, ON_A_GPU, missing()))
     for quality in made:
         curves.add(quality)
     if unlabelled:
@@ -98,7 +73,7 @@ def write_masks(
 
 
 def write_part(
-    load_predictor: Callable[[], Predictor],
+    load_predictor: Callable[[int], Predictor],
     settings: MaskSettings,
     index: Index,
     part: str | None,
@@ -108,8 +83,9 @@ def write_part(
 ) -> None:
     """Write the masks of the shards `part` ("A:B", None: all) of a set into `out`; existing masks are left unchanged.
 
-    load_predictor: returns the network with the weights in the file `weights`; called only if a mask is missing. tensorboard:
-    folder of the curves. Raises UserError when `out` holds other masks or when the weights give NaN or infinite values.
+    load_predictor: takes the number of images and returns the network with the weights in the file `weights`; called only if a
+    mask is missing. tensorboard: folder of the curves. Raises UserError when `out` holds other masks or when the weights give NaN
+    or infinite values.
     """
     entries = select_shards(index, part)
     mask_folder.open_for_writing(out, settings, weights)
@@ -117,7 +93,7 @@ def write_part(
     missing = mask_folder.missing(out, entries, settings.inference.soft)
     if not missing:
         return
-    predictor = load_predictor()
+    predictor = load_predictor(len(missing))
     samples = StoredSamples(index, missing, settings.workers)
     board = tensorboard / out.name / ("" if part is None else f"shards-{part.replace(':', '-')}")
     curves = Curves(board, len(entries) - len(missing))

@@ -5,6 +5,7 @@ B images, K classes, GG the grid's height and width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,11 +20,12 @@ from weakclip import registry
 from weakclip.config import BoundaryConfig, LossConfig
 from weakclip.data.photometric import IMAGENET, Normalisation
 from weakclip.labels import IGNORE
-from weakclip.masks.crf import BOUNDARY, dense_crf
+from weakclip.masks.crf import BOUNDARY, boundary_crfs
 from weakclip.masks.mean_field import mean_field
 from weakclip.models.resize import resize
 from weakclip.registry import LOSSES
 from weakclip.runtime.compilation import region
+from weakclip.runtime.workers import cores
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,11 @@ def boundary_target(probs_BKGG: Tensor, images_BGG3: Tensor, engine: str) -> Ten
 
 
 def _lattice(probs_BKGG: Tensor, images_BGG3: Tensor) -> Tensor:
-    """Return the mean-field marginals that pydensecrf computes, one image after the other."""
+    """Return the mean-field marginals that pydensecrf computes, several images at a time on the cores of this rank."""
+    # On a CPU torch's threads wait meanwhile, so that their cores are free. Pydensecrf itself holds Python's lock.
+    threads = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if probs_BKGG.is_cuda else torch.get_num_threads()
     pairs = zip(probs_BKGG.cpu().numpy(), images_BGG3.cpu().numpy(), strict=True)
-    return torch.from_numpy(np.stack([dense_crf(probs, image, BOUNDARY) for probs, image in pairs])).to(probs_BKGG)
+    return torch.from_numpy(np.stack(boundary_crfs(pairs, min(threads, len(probs_BKGG))))).to(probs_BKGG)
 
 
 @region

@@ -1,4 +1,4 @@
-"""Compilation of the costly parts of a training step, region by region.
+"""Compilation of the costly parts of a network and its losses, region by region.
 
 A region is a function or a method marked with `@region`. By default compilation is off, and a region runs as it is written.
 Regions are small because whole steps don't compile everywhere: a failure costs one region, not the run.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,22 +25,33 @@ R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
 _on = False
+_in_one_shape = ContextVar("in_one_shape", default=False)
+_inference = threading.Lock()
 
 
 def switch(on: bool) -> None:
-    """Compile regions from now on, or stop doing so. Compiled code is kept in the user's cache directory for the next process."""
+    """Compile regions from now on where gradients are enabled, or stop doing so."""
     global _on
     _on = on
-    if on:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "weakclip" / "compiled"))
-        if hasattr(functorch_config, "force_non_lazy_backward_lowering"):  # so that a failure shows in the forward pass
-            functorch_config.force_non_lazy_backward_lowering = True
 
 
 def is_on() -> bool:
     """Return whether regions are compiled."""
     return _on
+
+
+@contextmanager
+def one_shape() -> Iterator[None]:
+    """Compile regions inside, also without gradients. Only for inputs that all have one shape: each shape is compiled anew.
+
+    Threads take turns, because torch.compile is not made for several at a time.
+    """
+    with _inference:
+        token = _in_one_shape.set(True)
+        try:
+            yield
+        finally:
+            _in_one_shape.reset(token)
 
 
 @contextmanager
@@ -53,9 +66,10 @@ def paused() -> Iterator[None]:
 
 
 def region(function: Callable[P, R]) -> Callable[P, R]:
-    """Mark a function or method that is compiled where gradients are enabled. Inference, with its many shapes, runs it as it is.
+    """Mark a function or method that is compiled in training, after `switch`, and in inference within `one_shape`.
 
     Random numbers are those of eager mode. A failed compilation is one warning, and the region then runs as it is written.
+    Compiled code is kept in the user's cache directory for the next process.
     """
     compiled: Callable[P, R] | None = None
     failed = False
@@ -63,9 +77,10 @@ def region(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal compiled, failed
-        if not _on or failed or not torch.is_grad_enabled():
+        if failed or not (_in_one_shape.get() or (_on and torch.is_grad_enabled())):
             return function(*args, **kwargs)
         if compiled is None:
+            _configure()
             options: dict[str, Any] = {"fallback_random": True}
             compiled = torch.compile(function, dynamic=False, options=options)
         try:
@@ -77,3 +92,10 @@ def region(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return call
+
+
+def _configure() -> None:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "weakclip" / "compiled"))
+    if hasattr(functorch_config, "force_non_lazy_backward_lowering"):  # so that a failure shows in the forward pass
+        functorch_config.force_non_lazy_backward_lowering = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import TypeVar
 
 from weakclip.runtime.errors import UserError
@@ -21,14 +23,20 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 class WorkerPool:
     """A pool of worker processes. processes: their number; None: one per core; 0: none, all work is done in this process.
 
     Workers start when they are first needed, ignore the signals that all processes of a job receive, and end with this process.
+    Their functions must not be defined in the main module, which they do not import.
     """
 
     def __init__(self, processes: int | None) -> None:
-        self.processes = processes = len(os.sched_getaffinity(0)) if processes is None else processes
+        self.processes = processes = cores() if processes is None else processes
         self._pool = _spawned(processes, _leave_signals_to_the_parent) if processes else None
         self._most = 2 * processes
         self._submitting = threading.Lock()
@@ -59,7 +67,7 @@ class WorkerPool:
             return self._submit(self._pool, function, argument).result()
 
     def _submit(self, pool: ProcessPoolExecutor, function: Callable[[A], R], argument: A) -> Future[R]:
-        with self._submitting, held_back(), _large_pages():  # this may start a process
+        with self._submitting, held_back(), _large_pages(), _without_main():  # this may start a process
             return pool.submit(function, argument)
 
 
@@ -135,6 +143,16 @@ def _large_pages() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = earlier
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Let processes that start in this context not import the main module again: that of a stage takes seconds to import."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _leave_signals_to_the_parent() -> None:

@@ -47,7 +47,7 @@ def make_optimizer(model: Trained, config: OptimConfig) -> torch.optim.Optimizer
                 settings.append({"params": parameters, "lr": config.lr * group.lr, "weight_decay": decay})
     if config.optimizer == "sgd":
         return torch.optim.SGD(settings, momentum=0.9)
-    return torch.optim.AdamW(settings, fused=True if next(model.parameters()).is_cuda else None)
+    return torch.optim.AdamW(settings, fused=True)
 
 
 def compiles(setting: str, stage: int, device: torch.device) -> bool:

@@ -40,9 +40,8 @@ def set_moments(engine: Any, tensors: Mapping[str, Tensor] | None, step: int) ->
     shown = [part for group in optimizer.param_groups for part in group["params"]]
     held = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else shown
     for part in held:
-        place = part.device if optimizer.defaults.get("fused") else None  # a fused optimizer counts its steps on the device
         optimizer.state[part] = {
-            "step": torch.tensor(float(step), device=place),
+            "step": torch.tensor(float(step), device=part.device),  # where the fused optimizer counts
             **{name: torch.zeros_like(part) for name in names},
         }
     if stage in (1, 2):

@@ -18,6 +18,7 @@ from weakclip.data.sample import Cam, Sample, decode_sample
 from weakclip.data.stream import StoredSamples
 from weakclip.datasets.writing import Build
 from weakclip.masks.seeds import cam_maps, refined_seed
+from weakclip.runtime.workers import WorkerPool
 from weakclip.training import jobs
 
 NAMES = ("background", "cat", "dog", "cow")
@@ -103,7 +104,7 @@ def test_empty_maps_are_counted_by_class(labelled):
         maps_nhw[[index == 1 for index in sample.classes]] = 7
         return Cam(sample.classes, maps_nhw, 1.0)
 
-    load = make.WithCam(labelled, of_cats_alone, SeedConfig())
+    load = make.WithCam(labelled, of_cats_alone, SeedConfig(), WorkerPool(0))
     for entry in labelled.entries:
         load(entry)
     assert load.warnings()[1] == "6 maps are all zero, by class: dog 3, cow 3"
@@ -122,6 +123,15 @@ def test_seeds_refined_by_a_crf_stand_beside_the_cams(config, labelled, tmp_path
             assert sample.seed is None
     with pytest.raises(ConfigError, match="cams was made with another cam"):
         make.written(config(*options[:2], "seeds.foreground=0.5"), labelled)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_images_in_progress(config, tmp_path):
+    found = []
+    for processes in (0, 3):
+        out = tmp_path / str(processes)
+        make.run(config(f"data.train={out}", f"pseudo.processes={processes}", "seeds.crf={iterations: 2}"), None)
+        found.append(contents(out))
+    assert found[0] == found[1]
 
 
 def test_refined_seeds_need_the_stage_that_makes_them(tiny_config):

@@ -37,6 +37,15 @@ def test_masks_of_other_settings_are_refused(tiny_config, weights, tmp_path, ove
         mask_folder.open_for_writing(tmp_path / "out", MaskSettings.of(tiny_config(override)), weights)
 
 
+def test_the_batch_of_windows_does_not_matter_even_where_an_earlier_version_noted_it(tiny_config, weights, tmp_path):
+    out = tmp_path / "out"
+    mask_folder.open_for_writing(out, MaskSettings.of(tiny_config("pseudo.window_batch=2")), weights)
+    about = json.loads((out / "about.json").read_text())
+    assert "window_batch" not in about
+    (out / "about.json").write_text(json.dumps({**about, "window_batch": 4}))
+    mask_folder.open_for_writing(out, MaskSettings.of(tiny_config()), weights)
+
+
 def test_masks_of_other_weights_are_refused(tiny_config, tiny_model, weights, tmp_path):
     mask_folder.open_for_writing(tmp_path / "out", MaskSettings.of(tiny_config()), weights)
     stored.save(tiny_model(), weights, step=4)

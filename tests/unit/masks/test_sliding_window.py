@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from weakclip.config import InferenceConfig
 from weakclip.data.photometric import IMAGENET
 from weakclip.masks.sliding_window import Predictor, predict, slide, starts
+from weakclip.runtime import compilation
 
 SCALE = (128, 64)
 
@@ -90,6 +93,29 @@ def test_windows_in_one_batch_give_what_they_give_one_by_one(tiny_model):
     with torch.no_grad():
         one, four = (slide(predictor, x_3HW, settings(window_batch=n)) for n in (1, 4))
     torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-5)
+
+
+def test_full_windows_are_compiled_in_batches_of_one_size_and_the_others_are_not(tiny_model, monkeypatch):
+    predictor, inside, seen = tiny_model().predictor(), [], []
+
+    @contextmanager
+    def one_shape():
+        inside.append(True)
+        yield
+        inside.clear()
+
+    def logits(x_B3HW):
+        seen.append((tuple(x_B3HW.shape), bool(inside)))
+        return predictor.logits(x_B3HW)
+
+    monkeypatch.setattr(compilation, "one_shape", one_shape)
+    config = settings(scales=[0.5, 1.0, 1.5], window_batch=4)
+    eager, compiled = (
+        predict(predictor._replace(logits=logits, compiled=way), picture(64, 100), config, SCALE) for way in (False, True)
+    )
+    assert seen[:4] == [((n, 3, *side), False) for n, side in [(1, (32, 50)), (4, (64, 64)), (4, (64, 64)), (2, (64, 64))]]
+    assert seen[4:] == [((1, 3, 32, 50), False)] + [((4, 3, 64, 64), True)] * 3
+    torch.testing.assert_close(compiled, eager)
 
 
 def test_a_window_too_small_for_the_pyramid_is_padded_for_the_model_alone():

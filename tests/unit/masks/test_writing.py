@@ -14,8 +14,8 @@ from weakclip import pseudo
 from weakclip.checkpoints import weights as stored
 from weakclip.data.stream import StoredSamples
 from weakclip.masks import mask_folder, sliding_window
+from weakclip.masks.curves import Curves
 from weakclip.masks.mask_folder import MaskSettings
-from weakclip.masks.statistics import Curves
 from weakclip.masks.writing import predict_mask, write_masks
 from weakclip.runtime.workers import WorkerPool
 

@@ -52,6 +52,15 @@ def test_it_is_compiled_where_gradients_are_enabled(compiled):
     assert double(torch.tensor(2)) == 4 and compiled == ["double"]
 
 
+def test_inference_compiles_it_where_all_inputs_have_one_shape(compiled):
+    double = make_region()
+    compilation.switch(False)
+    with torch.inference_mode():
+        assert double(torch.tensor(2)) == 4 and not compiled
+        with compilation.one_shape():
+            assert double(torch.tensor(2)) == 4 and compiled == ["double"]
+
+
 def test_a_failed_compilation_is_one_warning_and_eager_mode(compiled, monkeypatch, caplog):
     def failing(_function, **_options):
         def run(*_args):

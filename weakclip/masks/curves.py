@@ -1,41 +1,16 @@
-"""Statistics of pseudo masks that need no ground truth: agreement with the seeds, entropy, and share of each class."""
+"""Curves of the statistics of pseudo masks in TensorBoard, and their rate."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from weakclip.labels import IGNORE
-from weakclip.masks.fallback import Likely
+from weakclip.masks.quality import Quality
 
 EVERY = 20  # masks between two points of a curve
-
-
-class Quality(NamedTuple):
-    """Statistics of one mask."""
-
-    pixels_K: np.ndarray
-    """int64, number of pixels of each class."""
-    seeded: int
-    """Number of pixels with a seed that is not ignored."""
-    agreeing: int
-    """Number of seeded pixels on which mask and seed agree."""
-    entropy: float
-    """In nats, mean over pixels; the probability of all unlikely classes together counts as one more class."""
-
-
-def measure(mask_HW: np.ndarray, found: Likely, seed_HW: np.ndarray | None, num_classes: int) -> Quality:
-    """Return the statistics of one mask. seed_HW: uint8, IGNORE where there is no seed; None: the image has no seed mask."""
-    rest_1HW = 1 - found.probs_nHW.sum(0, keepdims=True)
-    probs_nHW = np.concatenate([found.probs_nHW, rest_1HW]).clip(1e-12, 1)
-    entropy = -float((probs_nHW * np.log(probs_nHW)).sum(0).mean())
-    seeded_HW = np.zeros_like(mask_HW, bool) if seed_HW is None else seed_HW != IGNORE
-    agreeing = 0 if seed_HW is None else int((mask_HW[seeded_HW] == seed_HW[seeded_HW]).sum())
-    return Quality(np.bincount(mask_HW.ravel(), minlength=num_classes), int(seeded_HW.sum()), agreeing, entropy)
 
 
 class Curves:
