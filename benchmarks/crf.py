@@ -3,7 +3,8 @@
     python benchmarks/crf.py --images DIR [--classes 21 81] [--count 16] [--device cuda]
 
 Probabilities are smooth and random, since a trained network's would be of one recipe; images are the first of the folder, at the
-64 x 64 pixels of `loss.grid`. The times are of one image; the exact engine does all of them at once.
+64 x 64 pixels of `loss.grid`. The times are of one image; a GPU does several of them at once. The last columns compare bf16
+products, as GPUs use them, with fp32.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from weakclip.config import ConfigError
+from weakclip.masks.crf import BOUNDARY
+from weakclip.masks.mean_field import mean_field
 from weakclip.models.losses import boundary_target
 from weakclip.runtime import command_line
 from weakclip.runtime.tables import Table
@@ -65,8 +68,12 @@ def main(arguments: Sequence[str]) -> None:
         lattice, lattice_s = timed(partial(boundary_target, probs_BKGG, images_BGG3, "lattice"))
         same = 100 * (exact.argmax(1) == lattice.argmax(1)).float().mean().item()
         each = [1e3 * seconds / len(images_BGG3) for seconds in (exact_s, lattice_s)]
-        rows.append((K, same, f"{(exact - lattice).abs().mean().item():.4f}", *each))
+        floored_BKGG = probs_BKGG.clamp(min=1e-4)
+        fp32, bf16 = (mean_field(floored_BKGG, images_BGG3, BOUNDARY, products) for products in (torch.float32, torch.bfloat16))
+        near = 100 * (fp32.argmax(1) == bf16.argmax(1)).float().mean().item(), f"{(fp32 - bf16).abs().max().item():.4f}"
+        rows.append((K, same, f"{(exact - lattice).abs().mean().item():.4f}", *each, *near))
     header = ("classes", "same likeliest class (%)", "mean |difference|", "exact (ms)", "lattice (ms)")
+    header += ("bf16: same (%)", "max |difference|")
     print(Table(f"{len(images_BGG3)} images on {device}", header, rows))
 
 

@@ -43,7 +43,8 @@ def by_part(model: WeakCLIP, crop: int) -> dict[str, int]:
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     config, _ = cli.parse_config(parser, arguments)
-    config.clip.pretrained = "none"
+    if config.clip.model is not None:
+        config.clip.pretrained = "none"
     model = WeakCLIP(config, labels.class_names(config.classes)).eval()
     counts = by_part(model, config.augment.crop)
     whole = flops.per_image(model, config.augment.crop, config.train.batch)

@@ -1,9 +1,10 @@
-"""Measure training steps on one GPU for at most eight minutes, against the released order of work, and write one JSON.
+"""Measure training steps and masks on one GPU for at most eight minutes, and write one JSON.
 
     make bench-gpu                                    # runs/bench-gpu.json
     python benchmarks/gpu.py --device cpu             # a trial at small sizes, not a measurement
 
-Each measurement is a process of its own, so that memory is its own and a failure costs only one line.
+Steps are compared with the released order of work. Each measurement is a process of its own, so that memory is its own and a
+failure costs only one line.
 """
 
 from __future__ import annotations
@@ -24,15 +25,21 @@ HERE = Path(__file__).parent
 RECIPES = HERE.parent / "configs"
 SECONDS = 480
 MEASUREMENTS = {
-    "batch 32": ("voc.yaml", "--batch", "32"),
-    "batch 8": ("voc.yaml", "--batch", "8"),
-    "batch 32, tf32": ("voc.yaml", "--batch", "32", "--tf32"),
-    "batch 32, 81 classes": ("coco.yaml", "--batch", "32"),
-    "batch 8, lattice": ("voc.yaml", "--batch", "8", "boundary.engine=lattice"),
-    "batch 8, eager": ("voc.yaml", "--batch", "8", "train.compile=off"),
+    "batch 32": ("step.py", "voc.yaml", "--batch", "32"),
+    "batch 8": ("step.py", "voc.yaml", "--batch", "8"),
+    "mask": ("mask.py", "voc.yaml"),
+    "batch 32, tf32": ("step.py", "voc.yaml", "--batch", "32", "--tf32"),
+    "batch 32, 81 classes": ("step.py", "coco.yaml", "--batch", "32"),
+    "batch 8, lattice": ("step.py", "voc.yaml", "--batch", "8", "boundary.engine=lattice"),
+    "batch 8, eager": ("step.py", "voc.yaml", "--batch", "8", "train.compile=off"),
 }
-"""Recipe and options of benchmarks/step.py, the most important first."""
-SMALL = ("clip={model: null, pretrained: demo, image_size: 96}", "augment.crop=96", "loss.grid=[24,24]", "boundary.engine=exact")
+"""Benchmark, recipe and options, the most important first."""
+CLIP = "clip={model: null, pretrained: demo, image_size: 96}"
+SMALL = {
+    "step.py": ("--batch=2", CLIP, "augment.crop=96", "loss.grid=[24,24]", "boundary.engine=exact"),
+    "mask.py": (CLIP, "data.scale=[128,96]", "pseudo.window=96", "pseudo.stride=64", "train.compile=on"),
+}
+"""Options of a trial on a CPU."""
 
 
 def main() -> None:
@@ -45,12 +52,12 @@ def main() -> None:
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if small else dict(os.environ)
     end = time.monotonic() + SECONDS
     found: dict[str, Any] = {}
-    for name, (recipe, *more) in MEASUREMENTS.items():
+    for name, (benchmark, recipe, *more) in MEASUREMENTS.items():
         left = end - time.monotonic()
-        rounds = 2 if small else options.rounds
-        given = ["--batch", "2", "--device", "cpu", *more[2:], *SMALL] if small else more
-        step = [sys.executable, str(HERE / "step.py"), "--config", str(RECIPES / recipe)]
-        line = [*step, "--rounds", str(rounds), *given]
+        given = (
+            ["--device", "cpu", "--rounds", "2", *more, *SMALL[benchmark]] if small else ["--rounds", str(options.rounds), *more]
+        )
+        line = [sys.executable, str(HERE / benchmark), "--config", str(RECIPES / recipe), *given]
         found[name] = measured(line, left, env) if left > 30 else {"failed": "no time was left"}
         print(f"{name}: {summary(found[name])}", flush=True)
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +66,7 @@ def main() -> None:
 
 
 def measured(line: list[str], seconds: float, env: dict[str, str]) -> dict[str, Any]:
-    """Return the figures of a run of benchmarks/step.py, or the reason why there are none."""
+    """Return the figures of a benchmark, or the reason why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "figures.json")
         try:
@@ -74,6 +81,9 @@ def measured(line: list[str], seconds: float, env: dict[str, str]) -> dict[str, 
 def summary(figures: dict[str, Any]) -> str:
     if "failed" in figures:
         return f"failed: {figures['failed']}"
+    if "network_ms" in figures:
+        times = ", ".join(f"{way} {ms} ms" for way, ms in figures["network_ms"].items())
+        return f"{times}, CRF {figures['crf_ms']} ms, {figures['peak_gib']} GiB"
     return f"{figures['images_per_s']} images/s, {figures['peak_gib']} GiB, {figures['ratio']} times the released order of work"
 
 

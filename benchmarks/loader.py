@@ -176,6 +176,19 @@ def starts(path: Path, config: Config, rounds: int) -> dict[str, float]:
     return {f"step {step}": statistics.median(times) for step, times in taken.items()}
 
 
+def waiting(path: Path, config: Config, rate: float, batches: int = 200) -> float:
+    """Return for how much of its time (%) a training of `rate` samples per second waits for `data.workers` loader processes."""
+    stream = training_batches(open_index(str(path), COCO), StreamSettings.of(config), partial(seed_mask, config=config.seeds))
+    [*islice(stream, 2 * config.data.workers + 2)]
+    waited, begin = 0.0, time.perf_counter()
+    for _ in range(batches):
+        waited += seconds(partial(next, stream))
+        time.sleep(config.train.batch / rate)  # the step
+    total = time.perf_counter() - begin
+    stream.close()
+    return 100 * waited / total
+
+
 # ---------------------------------------------------------------------------------------------------------------- the set
 
 
@@ -206,6 +219,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds, after one warm-up")
     parser.add_argument("--scaling", action="store_true", help="also time the loader with one and with two processes")
     parser.add_argument("--start", action="store_true", help="also time the first batch at step 0 and at step 30,000")
+    parser.add_argument(
+        "--consume", type=float, metavar="RATE", help="also time the waits of a training of RATE samples per second"
+    )
     parser.add_argument("--json", type=Path, help="file to write the results to")
     config, options = cli.parse_config(parser, ["--config", str(repository / "configs" / "coco.yaml"), *arguments])
     torch.set_num_threads(1)
@@ -219,6 +235,8 @@ def main(arguments: Sequence[str]) -> None:
             report["scaling"] = {"ratio": several["2 workers"] / several["1 workers"], "samples_per_second": several}
         if options.start:
             report["start_seconds"] = starts(index.root, config, 5)
+        if options.consume:
+            report["waiting_percent"] = waiting(index.root, config, options.consume)
     print(json.dumps(report, indent=2))
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")

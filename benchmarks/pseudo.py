@@ -1,4 +1,4 @@
-"""Measure pseudo masks per second on all cores of this machine: our pipeline against the released one.
+"""Measure pseudo masks per second on all cores or one GPU of this machine: our pipeline against the released one.
 
     python benchmarks/pseudo.py --config configs/coco_mini.yaml --weights RUN/weights/last.safetensors --data SHARDS \
         'pseudo.scales=[0.5,0.75,1.0,1.25,1.5,1.75]'
@@ -52,10 +52,10 @@ from weakclip.runtime.workers import WorkerPool
 
 def released_probabilities(predictor: sliding_window.Predictor, image_HW3: np.ndarray, config: Config) -> Tensor:
     """Return the mean probabilities, float32 K x H x W."""
-    total_1KHW = torch.zeros(())
+    total_1KHW = torch.zeros((), device=predictor.device)
     views = sliding_window.views(sliding_window.scaled_sizes(image_HW3, config.pseudo, config.data.scale), config.pseudo)
     for view in views:
-        x_HW3 = torch.from_numpy(resize_image(image_HW3, view.size))
+        x_HW3 = torch.from_numpy(resize_image(image_HW3, view.size)).to(predictor.device)
         x_13HW = predictor.normalisation.apply(x_HW3.permute(2, 0, 1).float())[None]
         logits_1KHW = released_slide(predictor, x_13HW.flip(3) if view.flipped else x_13HW, config)
         probs_1KHW = F.interpolate(logits_1KHW, size=image_HW3.shape[:2], mode="bilinear").softmax(1)
@@ -67,7 +67,8 @@ def released_slide(predictor: sliding_window.Predictor, x_13HW: Tensor, config: 
     """Return the logits at the size of the scaled image, float32 1 x K x H x W."""
     H, W = x_13HW.shape[2:]
     window, stride = config.pseudo.window, config.pseudo.stride
-    sum_1KHW, count_HW = torch.zeros(1, predictor.num_classes, H, W), torch.zeros(H, W)
+    sum_1KHW = torch.zeros(1, predictor.num_classes, H, W, device=predictor.device)
+    count_HW = torch.zeros(H, W, device=predictor.device)
     for y in sliding_window.starts(H, window, stride):
         for x in sliding_window.starts(W, window, stride):
             crop = x_13HW[:, :, y : y + window, x : x + window]
@@ -83,9 +84,9 @@ def released_first(predictor: sliding_window.Predictor, samples: Sequence[Decode
     for sample in samples:
         with torch.inference_mode():
             probs_KHW = released_probabilities(predictor, sample.image, config)
-        prediction_HW = probs_KHW.argmax(0).numpy()
+        prediction_HW = probs_KHW.argmax(0).cpu().numpy()
         classes_n = np.unique(prediction_HW)
-        found = {"prob": probs_KHW.numpy()[classes_n], "keys": classes_n, "pred": prediction_HW[None]}
+        found = {"prob": probs_KHW.cpu().numpy()[classes_n], "keys": classes_n, "pred": prediction_HW[None]}
         np.save(out / f"{sample.key}.npy", found, allow_pickle=True)  # type: ignore[arg-type]
 
 
@@ -176,11 +177,14 @@ def compare(model: WeakCLIP, samples: Sequence[DecodedSample], config: Config, r
 
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help="weights of a trained run of the recipe")
     parser.add_argument("--data", required=True, metavar="SHARDS")
     parser.add_argument("--images", type=int, default=6, help="number of images, from the first")
     parser.add_argument("--rounds", type=int, default=3)
     config, options = cli.parse_config(parser, arguments)
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = load_weakclip(config, options.weights)
     index = open_index(options.data, labels.class_names(config.classes))

@@ -1,4 +1,4 @@
-"""Write docs/performance.md: its tables are made of the JSON files of benchmarks/step.py and benchmarks/gpu.py.
+"""Write docs/performance.md: its tables are made of the JSON files of benchmarks/step.py, mask.py and gpu.py.
 
     python benchmarks/table.py docs/benchmarks/*.json
 
@@ -25,28 +25,38 @@ COLUMNS = {
 }
 
 
-def steps(file: Path) -> dict[str, dict[str, Any]]:
+def measurements(file: Path) -> dict[str, dict[str, Any]]:
     """Return the measurements in a file, by name."""
     found = json.loads(file.read_text())
-    return {file.stem.replace("_", " "): found} if "ratio" in found else found
+    return {file.stem.replace("_", " "): found} if "hardware" in found else found
 
 
 def markdown(files: Sequence[Path]) -> str:
-    """Return a table of all measurements, and one of the parts of each step."""
-    named = [(name, step) for file in files for name, step in steps(file).items()]
-    done = [(name, step) for name, step in named if "failed" not in step]
-    lines = [row("measurement", *COLUMNS, "machine"), row(*["---"] * (len(COLUMNS) + 2))]
-    for name, step in done:
+    """Return a table of all steps, one of the parts of each step, and one of all masks."""
+    named = [(name, found) for file in files for name, found in measurements(file).items()]
+    steps = [(name, found) for name, found in named if "ratio" in found]
+    masks = [(name, found) for name, found in named if "network_ms" in found]
+    lines = [row("training step", *COLUMNS, "machine"), row(*["---"] * (len(COLUMNS) + 2))]
+    for name, step in steps:
         shape = f"{name}: batch {step['batch']}, {step['crop']} x {step['crop']}, K = {step['classes']}"
-        lines.append(row(shape, *(column(step) for column in COLUMNS.values()), f"{step['hardware']}, torch {step['torch']}"))
-    lines += [row(name, *["-"] * len(COLUMNS), step["failed"]) for name, step in named if "failed" in step]
-    for name, step in done:
+        lines.append(row(shape, *(column(step) for column in COLUMNS.values()), machine(step)))
+    lines += [row(name, *["-"] * len(COLUMNS), found["failed"]) for name, found in named if "failed" in found]
+    for name, step in steps:
         parts = {which: step[which]["parts_ms"] for which in ("ours", "released")}
         lines += ["", f"{name}, by part (ms), measured in separate steps; ours without DeepSpeed and the optimizer:", ""]
         lines += [row("part", "ours", "released order"), row("---", "---", "---")]
         every = dict.fromkeys([*parts["ours"], *parts["released"]])
         lines += [row(part, parts["ours"].get(part, "-"), parts["released"].get(part, "-")) for part in every]
+    lines += ["", row("mask of 500 x 375 pixels", "eager, ms", "compiled, ms", "CRF on one core, ms", "GiB", "machine")]
+    lines.append(row(*["---"] * 6))
+    for name, mask in masks:
+        network = [mask["network_ms"].get(way, "-") for way in ("eager", "compiled")]
+        lines.append(row(f"{name}: K = {mask['classes']}", *network, mask["crf_ms"], mask["peak_gib"], machine(mask)))
     return "\n".join(lines) + "\n"
+
+
+def machine(found: dict[str, Any]) -> str:
+    return f"{found['hardware']}, torch {found['torch']}"
 
 
 def row(*cells: object) -> str:

@@ -7,6 +7,8 @@ import torch
 
 from tests.integration.conftest import metrics
 from weakclip import recipe
+from weakclip.data.photometric import distort
+from weakclip.models.interface import Targets
 from weakclip.runtime import compilation
 
 
@@ -45,3 +47,18 @@ def test_a_step_reads_nothing_from_the_device_but_the_lattices_input(launch, tin
     recipe.save(config, tmp_path / "config.yaml")
     done = launch(1, "tests.integration.count_reads", tmp_path / "config.yaml")
     assert ("losses.py" in done.stdout.splitlines()[-1]) == reads and (done.stdout.splitlines()[-1] == "{}") != reads
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_forward_and_backward_pass_never_wait_for_a_gpu(tiny_model):
+    model = tiny_model().cuda().train()
+    images_B3HW = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, device="cuda")
+    seeds_BHW, draws_B5 = torch.ones(2, 64, 64, dtype=torch.int64, device="cuda"), torch.zeros(2, 5, device="cuda")
+    for mode in ("default", "error"):  # constants are copied once
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            images = model.normalisation.apply(distort(images_B3HW, draws_B5))
+            targets = Targets(images, seeds_BHW, seeds_BHW[:, 0, :4].byte())
+            sum(model.losses(model(images), targets).values()).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+@cache
+def _constant(values: tuple[float, float, float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return one value a channel, 3 x 1 x 1. It is kept, because copying it to a GPU would wait for the GPU."""
+    with torch.inference_mode(False):  # training may use what a validation has made
+        return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)
 
 
 class Normalisation(NamedTuple):
@@ -16,12 +24,12 @@ class Normalisation(NamedTuple):
 
     def apply(self, x_B3HW: Tensor) -> Tensor:
         """Return normalised images from float images in 0..255."""
-        mean, std = (x_B3HW.new_tensor(values).view(3, 1, 1) for values in self)
+        mean, std = (_constant(values, x_B3HW.dtype, x_B3HW.device) for values in self)
         return (x_B3HW - mean) / std
 
     def undo(self, x_B3HW: Tensor) -> Tensor:
         """Return float images in 0..255 from normalised images: the inverse of `apply`."""
-        mean, std = (x_B3HW.new_tensor(values).view(3, 1, 1) for values in self)
+        mean, std = (_constant(values, x_B3HW.dtype, x_B3HW.device) for values in self)
         return x_B3HW * std + mean
 
 
@@ -60,5 +68,5 @@ def _shift_hue_and_saturation(rgb_B3HW: Tensor, saturation: Tensor, hue: Tensor)
     turned_B1HW = sector_B1HW + hue / 60
     new_chroma_B1HW = torch.minimum((value_B1HW - low_B1HW) * saturation, value_B1HW)
     # RGB from HSV without branches: f(n) = V - C * max(0, min(k, 4 - k, 1)), k = (n + H / 60) mod 6, n = 5, 3, 1.
-    k_B3HW = (torch.tensor([5.0, 3.0, 1.0], device=rgb_B3HW.device).view(3, 1, 1) + turned_B1HW) % 6
+    k_B3HW = (_constant((5.0, 3.0, 1.0), rgb_B3HW.dtype, rgb_B3HW.device) + turned_B1HW) % 6
     return value_B1HW - new_chroma_B1HW * torch.minimum(k_B3HW, 4 - k_B3HW).clamp(0, 1)

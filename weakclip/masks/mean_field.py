@@ -15,32 +15,32 @@ from weakclip.config import CrfConfig
 from weakclip.runtime.compilation import region
 
 PAIRS_AT_ONCE = 1 << 26
-"""Pairs of pixels that are computed at once: 4 images of 64 x 64, which take about 1 GiB."""
+"""Pairs of pixels that a GPU computes at once: 4 images of 64 x 64, which take about 1 GiB."""
 
 
-def mean_field(probs_BKHW: Tensor, images_BHW3: Tensor, config: CrfConfig) -> Tensor:
+def mean_field(probs_BKHW: Tensor, images_BHW3: Tensor, config: CrfConfig, products: torch.dtype | None = None) -> Tensor:
     """Return the mean-field marginals, B x K x H x W in the type of the probabilities, on their device.
 
-    probs_BKHW: class probabilities; they need not sum to one. images_BHW3: RGB in 0..255. On GPUs the matrix products are in
-    bf16, otherwise in the type of the probabilities.
+    probs_BKHW: class probabilities; they need not sum to one. images_BHW3: RGB in 0..255. products: the type of the matrix
+    products' operands; None: bf16 on GPUs, otherwise that of the probabilities. Sums are in fp32 or better.
     """
+    if products is None:
+        products = torch.bfloat16 if probs_BKHW.is_cuda else probs_BKHW.dtype
     pairs = probs_BKHW[0, 0].numel() ** 2
-    images_at_once = max(1, PAIRS_AT_ONCE // pairs)
+    images_at_once = max(1, PAIRS_AT_ONCE // pairs) if probs_BKHW.is_cuda else 1  # a CPU's caches hold a part of one
     chunks = zip(probs_BKHW.split(images_at_once), images_BHW3.split(images_at_once), strict=True)
-    return torch.cat([_marginals(probs, images, config) for probs, images in chunks])
+    return torch.cat([_marginals(probs, images, config, products) for probs, images in chunks])
 
 
 @region
-def _marginals(probs_BKHW: Tensor, images_BHW3: Tensor, config: CrfConfig) -> Tensor:
+def _marginals(probs_BKHW: Tensor, images_BHW3: Tensor, config: CrfConfig, products: torch.dtype) -> Tensor:
     unary_BNK = probs_BKHW.flatten(2).transpose(1, 2).clamp(1e-5, 1).log()
     K = unary_BNK.shape[2]
     unary_BNK = F.pad(unary_BNK, (0, -K % 8), value=-torch.inf)  # rows of 16 bytes, for the tensor cores
-    weights_BNN = pairwise(images_BHW3.to(probs_BKHW.dtype), config)
-    if probs_BKHW.is_cuda:
-        weights_BNN = weights_BNN.bfloat16()
+    weights_BNN = pairwise(images_BHW3.to(probs_BKHW.dtype), config).to(products)
     q_BNK = unary_BNK.softmax(2)
     for _ in range(config.iterations):
-        q_BNK = (unary_BNK + weights_BNN @ q_BNK.to(weights_BNN.dtype)).softmax(2)
+        q_BNK = (unary_BNK + weights_BNN @ q_BNK.to(products)).softmax(2)
     return q_BNK[..., :K].transpose(1, 2).unflatten(2, probs_BKHW.shape[2:])
 
 

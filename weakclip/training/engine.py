@@ -76,7 +76,7 @@ class Engine:
         self.plain = model.twin().eval()
         done = self.step
         self._engine, *_ = deepspeed.initialize(
-            model=synchronise(model, world.device),
+            model=synchronise(model, world.device, world.ranks),
             optimizer=make_optimizer(model, job.optim),
             lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(
                 wrapped, lambda more: learning_rate_factor(done + more, job.optim, job.train.steps)

@@ -49,8 +49,10 @@ class CpuSyncBatchNorm2d(nn.BatchNorm2d):
         return torch.addcmul(shift_C[:, None, None], x_BCHW, scale_C[:, None, None])
 
 
-def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return `module` with every BatchNorm2d converted to one that is synchronised over ranks on `device`."""
+def synchronise(module: nn.Module, device: torch.device, ranks: int) -> nn.Module:
+    """Return `module` with every BatchNorm2d converted to one that is synchronised over several ranks on `device`."""
+    if ranks == 1:
+        return module
     if device.type != "cpu":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for child in module.modules():

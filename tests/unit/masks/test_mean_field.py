@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from weakclip.config import CrfConfig
-from weakclip.masks import mean_field as module
 from weakclip.masks.crf import BOUNDARY, dense_crf
 from weakclip.masks.mean_field import mean_field
 
@@ -64,9 +63,15 @@ def test_the_lattice_is_near():
     assert (exact_KHW.argmax(0) == lattice_KHW.argmax(0)).mean() > 0.95
 
 
-def test_images_in_parts_are_the_same(monkeypatch):
+def test_products_in_bf16_are_near():
+    probs, images = smooth_case(2, 21, 24)
+    exact, near = (mean_field(probs, images, BOUNDARY, products) for products in (torch.float32, torch.bfloat16))
+    assert near.dtype == torch.float32 and (near - exact).abs().max() < 0.02
+    assert (near.argmax(1) == exact.argmax(1)).float().mean() > 0.995
+
+
+def test_images_of_a_batch_do_not_depend_on_each_other():
     probs, images = smooth_case(3, 4, 8)
     together = mean_field(probs, images, BOUNDARY)
-    monkeypatch.setattr(module, "PAIRS_AT_ONCE", 1)
-    torch.testing.assert_close(mean_field(probs, images, BOUNDARY), together)
+    torch.testing.assert_close(torch.cat([mean_field(probs[n : n + 1], images[n : n + 1], BOUNDARY) for n in range(3)]), together)
     assert together.sum(1).sub(1).abs().max() < 1e-5 and together.shape == probs.shape

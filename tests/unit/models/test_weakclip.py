@@ -280,9 +280,14 @@ def test_the_neck_sees_each_level_with_the_score_map_resized_to_it(align):
         torch.testing.assert_close(ours, with_gradients(plain))
 
 
+def test_norms_of_a_single_rank_stay_as_they_are():
+    norm = nn.BatchNorm2d(3)
+    assert type(synchronise(norm, torch.device("cpu"), ranks=1)) is nn.BatchNorm2d
+
+
 def test_synchronised_norms_equal_plain_ones_in_a_single_process():
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
-    synchronised = synchronise(copy.deepcopy(plain), torch.device("cpu"))
+    synchronised = synchronise(copy.deepcopy(plain), torch.device("cpu"), ranks=2)
     assert [type(synchronised[i]) for i in (1, 3)] == [CpuSyncBatchNorm2d] * 2
     for module in (plain, synchronised):
         for _ in range(2):
