@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import sys
@@ -81,8 +80,6 @@ def main(arguments: Sequence[str]) -> None:
     config, options = cli.parse_config(parser, arguments)
     if config.clip.model is not None:
         config.clip.pretrained = "none"
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     figures = json.dumps(measure(config, torch.device(options.device), options.rounds), indent=1)
     print(figures)
     if options.json:

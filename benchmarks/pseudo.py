@@ -9,7 +9,7 @@ It writes a file of float32 probabilities of the occurring classes for each imag
 the CRF, with one process per core. "released, text once" runs the text tower only once; its CRFs are not run again.
 
 All pipelines process the same images with the same weights and alternate round by round. The result is the median wall time of a
-round. Processes are started before the clock. Our pipeline is that of `python -m weakclip.pseudo`.
+round. Processes are started before the clock. Our pipeline is that of `python -m weakclip.pseudo`, without compilation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -45,7 +44,7 @@ from weakclip.masks.mask_folder import MaskSettings
 from weakclip.masks.writing import write_masks
 from weakclip.models.load import load_weakclip
 from weakclip.models.weakclip import WeakCLIP
-from weakclip.runtime.workers import WorkerPool
+from weakclip.runtime.workers import WorkerPool, cores
 
 # ------------------------------------------------------------------------------------------------ the released pipeline
 
@@ -153,10 +152,9 @@ def one_round(
 
 def compare(model: WeakCLIP, samples: Sequence[DecodedSample], config: Config, rounds: int, folder: Path) -> dict[str, object]:
     """Return images per second of the median round, and the share of pixels on which the masks agree."""
-    cores = len(os.sched_getaffinity(0))
-    found = []
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool, WorkerPool(cores) as workers:
-        one_round(model, samples[:cores], config, folder / "start", pool, workers)
+    count, found = cores(), []
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool, WorkerPool(count) as workers:
+        one_round(model, samples[:count], config, folder / "start", pool, workers)
         for turn in range(rounds):
             found.append(one_round(model, samples, config, folder / str(turn), pool, workers))
             print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in found[-1]._asdict().items()), file=sys.stderr)
@@ -168,7 +166,7 @@ def compare(model: WeakCLIP, samples: Sequence[DecodedSample], config: Config, r
     rates = {name: len(samples) / float(np.median(seconds)) for name, seconds in times.items()}
     return {
         "images": len(samples),
-        "cores": cores,
+        "cores": count,
         "images_per_second": rates,
         "ratio": {name: rates["ours"] / rates[name] for name in rates if name != "ours"},
         "same_percent": 100 * same(folder / "0/released", folder / "0/ours", [sample.key for sample in samples]),
@@ -183,10 +181,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--images", type=int, default=6, help="number of images, from the first")
     parser.add_argument("--rounds", type=int, default=3)
     config, options = cli.parse_config(parser, arguments)
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = load_weakclip(config, options.weights)
+    torch.set_num_threads(cores())
+    model = load_weakclip(config, options.weights).to(options.device)
+    model.cast_frozen()
     index = open_index(options.data, labels.class_names(config.classes))
     samples = [replace(load(index, entry), cam=None, seed=None, mask=None) for entry in index.entries[: options.images]]
     with tempfile.TemporaryDirectory() as folder:

@@ -390,8 +390,8 @@ class TrainConfig:
     """Number of images of the newest batch that TensorBoard shows at each validation."""
     compile: str = "auto"
     """Compile the costly parts of a step by torch.compile: on, off, or auto (on GPUs, except with ZeRO stage 3). The first step
-    then takes a minute or two, less where an earlier run has left compiled code in the user's cache directory. It also applies
-    to pseudo masks, where auto compiles on GPUs if a job has a thousand masks or more to write."""
+    then takes a minute or two, less where an earlier run has left compiled code in the user's cache directory. WeakCLIP's
+    setting also applies to its pseudo masks on GPUs, where auto compiles if a task has a thousand masks or more to write."""
 
     def __post_init__(self) -> None:
         self.compile = {"True": "on", "False": "off"}.get(self.compile, self.compile)  # YAML reads on and off as booleans
@@ -421,9 +421,9 @@ class InferenceConfig:
     soft: bool = False
     """Also write the probabilities before the CRF: KEY.npz next to KEY.png."""
     processes: int | None = None
-    """Worker processes that run the CRF and write the files, in addition to the network's process. On a CPU, two or more of them
-    also set the number of images in progress, one core each. The stage `cam` uses as many. Null: one per core that this job may
-    use; 0: none."""
+    """Worker processes that run the CRF and write the files, in addition to the network's process; in the stage `cam` they run
+    the CRF of `seeds.crf`. On a CPU, two or more of them also set the number of images in progress, one core each. Null: one per
+    core that this job may use; 0: none."""
 
     def __post_init__(self) -> None:
         _require(bool(self.scales) and min(self.scales) > 0, "pseudo.scales must be positive numbers")

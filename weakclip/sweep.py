@@ -27,6 +27,7 @@ from weakclip.recipe import Sweep, SweepTask
 from weakclip.runtime.atomic import write_whole
 from weakclip.runtime.errors import UserError
 from weakclip.runtime.tables import Table, spread
+from weakclip.runtime.workers import cores
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def _run(sweep: Sweep, module: str, jobs: int, running: set[subprocess.Popen[byt
     command = [sys.executable, "-m", module, "--config", str(sweep.path), "--task", str(index)]
     if jobs == 1:
         return _wait_for(subprocess.Popen(command), running)
-    threads, log = max(len(os.sched_getaffinity(0)) // jobs, 1), task.run.root.with_name(f"{task.run.root.name}.log")
+    threads, log = max(cores() // jobs, 1), task.run.root.with_name(f"{task.run.root.name}.log")
     _log.info("%s: log in %s", task.name, log)
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as out:

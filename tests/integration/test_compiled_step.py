@@ -35,7 +35,7 @@ def test_a_compiled_region_gives_the_same_in_inference(tiny_model, caplog):
     matching, texts_KE, global_BE, visual_BEhw = tiny_model().matching, *map(torch.randn, [(5, 32), (2, 32), (2, 32, 4, 4)])
     with torch.inference_mode():
         eager = matching(texts_KE, global_BE, visual_BEhw)
-        with compilation.one_shape():
+        with compilation.in_turn(one_shape=True):
             compiled = matching(texts_KE, global_BE, visual_BEhw)
     assert "could not be compiled" not in caplog.text
     torch.testing.assert_close(compiled, eager)

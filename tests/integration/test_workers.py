@@ -43,9 +43,9 @@ def test_arguments_are_made_as_they_are_needed():
 
 
 def test_a_process_that_dies_is_an_error():
-    with pytest.raises(ValueError, match=r"a worker process was killed, .* \(.*pseudo.processes\)"), WorkerPool(1) as behind:
+    with pytest.raises(ValueError, match=r"a worker process was killed, .* \(.*pseudo.processes.*\)"), WorkerPool(1) as behind:
         [*behind.map(die, range(3))]
-    with pytest.raises(ValueError, match=r"a worker process was killed, .* \(.*pseudo.processes\)"), WorkerPool(1) as behind:
+    with pytest.raises(ValueError, match=r"a worker process was killed, .* \(.*pseudo.processes.*\)"), WorkerPool(1) as behind:
         behind.run(die, 0)
 
 
@@ -65,7 +65,6 @@ def test_the_boundary_losss_crf_is_the_same_in_processes():
 
 
 WORKING = """
-from weakclip.masks.crf import BOUNDARY, boundary_crfs, dense_crf
 from weakclip.runtime.workers import WorkerPool
 print("this is", __name__)
 if __name__ == "__main__":
@@ -81,9 +80,29 @@ def test_the_processes_do_not_import_the_command_again(tmp_path, repo):
     assert done.stdout == "this is __main__\n[1, 2]\n"
 
 
+SIGNALLED = """
+import signal, time
+import psutil
+from weakclip.runtime.workers import WorkerPool
+if __name__ == "__main__":
+    behind = WorkerPool(1)
+    print([*behind.map(abs, [-1])])
+    for child in psutil.Process().children(recursive=True):  # as Slurm does before a preemption
+        child.send_signal(signal.SIGUSR2)
+    time.sleep(0.2)
+    print([*behind.map(abs, [-2])])
+"""
+
+
+def test_a_pool_outlives_a_jobs_signals_and_ends_without_a_word(tmp_path, repo):
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    environment = os.environ | {"PYTHONPATH": str(repo)}
+    done = subprocess.run([sys.executable, tmp_path / "signalled.py"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[1]\n[2]\n", "")
+
+
 ENDLESS = """
 import itertools, time
-from weakclip.masks.crf import BOUNDARY, boundary_crfs, dense_crf
 from weakclip.runtime.workers import WorkerPool
 if __name__ == "__main__":
     with WorkerPool(2) as behind:

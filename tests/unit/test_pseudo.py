@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from weakclip import labels, pseudo
@@ -13,6 +14,7 @@ from weakclip.checkpoints import weights as stored
 from weakclip.config import ConfigError
 from weakclip.data.index import ShardError
 from weakclip.masks import sliding_window
+from weakclip.models.weakclip import WeakCLIP
 from weakclip.recipe import save
 from weakclip.stages import STAGES
 
@@ -74,6 +76,27 @@ def test_a_wrong_set_or_selection_makes_no_folder(tiny_config, weights, shards, 
         with pytest.raises((ShardError, ValueError)):
             pseudo.run(tiny_config(NO_CRF), data, weights, tmp_path / "out", chosen)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "images", "compiled"),
+    [
+        ("auto", "cuda", 1000, True),
+        ("auto", "cuda", 999, False),
+        ("on", "cuda", 1, True),
+        ("off", "cuda", 10_000, False),
+        ("on", "cpu", 10_000, False),
+    ],
+)
+def test_many_masks_on_a_gpu_are_made_by_a_compiled_network(
+    tiny_config, tiny_model, weights, shards, tmp_path, monkeypatch, setting, device, images, compiled
+):
+    used = []
+    predictor = tiny_model().predictor()._replace(device=torch.device(device))
+    monkeypatch.setattr(WeakCLIP, "predictor", lambda _model: predictor)
+    monkeypatch.setattr(pseudo, "write_part", lambda load_predictor, *_: used.append(load_predictor(images)))
+    pseudo.run(tiny_config(f"train.compile={setting}"), str(shards.root), weights, tmp_path / "out")
+    assert [predictor.compiled for predictor in used] == [compiled]
 
 
 def test_the_stage_counts_masks_and_does_nothing_twice(tiny_config, weights, shards, tmp_path, capsys, caplog):

@@ -19,7 +19,7 @@ from weakclip.data.sample import Cam, DecodedSample, PackedSample, decode_sample
 from weakclip.datasets import writing
 from weakclip.masks.seeds import seed_mask
 from weakclip.registry import CAM_SOURCES
-from weakclip.runtime.workers import WorkerPool, cores, map_in_threads
+from weakclip.runtime.workers import WorkerPool, cores, map_images
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class WithCam:
     make: Callable[[DecodedSample], Cam]
     seeds: SeedConfig
     workers: WorkerPool
-    """Compute the seed masks."""
+    """Pool that computes the seed masks."""
     unlabelled: list[str] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     """The class of each all-zero map."""
@@ -92,7 +92,7 @@ class WithCam:
 def run(config: Config, part: str | None) -> None:
     """Run the stage `cam`: write those of the shards "A:B" that are missing in `data.train`.
 
-    Several images are in progress, on a CPU each on one core. The task that writes the last shard completes the set.
+    Several images are in progress; on a CPU each uses one core. The task that writes the last shard completes the set.
     """
     labelled = open_labelled(config)
     shards = len(labelled.shards)
@@ -112,6 +112,6 @@ def run(config: Config, part: str | None) -> None:
             {**provenance(config, labelled), **note},
             version=lambda entry: entry.key,  # its content is in the provenance, as the fingerprint of the labelled set
         )
-        build.run(numbers=numbers, apply=lambda load, entries: map_in_threads(load, max(processes, 1), entries))
+        build.run(numbers=numbers, apply=lambda load, entries: map_images(load, processes, entries))
     for line in load.warnings():
         _log.warning(line)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @cache
 def _constant(values: tuple[float, float, float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return one value a channel, 3 x 1 x 1. It is kept, because copying it to a GPU would wait for the GPU."""
+    """Return one value per channel, 3 x 1 x 1. It is kept, because copying it to a GPU would wait for the GPU."""
     with torch.inference_mode(False):  # training may use what a validation has made
         return torch.tensor(values, dtype=dtype, device=device).view(3, 1, 1)
 

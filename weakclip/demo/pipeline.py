@@ -78,7 +78,7 @@ def run(config: Config, stage: Stages) -> dict[str, float]:
     job = jobs.refine(config)
     claim(job, resume=True)
     folder = job.run.root
-    with stage(f"drawing {config.demo.size} images for training and as many unseen ones"):
+    with stage("images of the synthetic world"):
         unseen = draw_shards(config)
     with stage("making CAMs from labels with the frozen CLIP"):
         make.run(config, part=None)

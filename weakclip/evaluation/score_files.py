@@ -40,10 +40,8 @@ class Scored:
     def counts(self, shard: str) -> Counts | None:
         """Return a shard's counts; None until it is counted, boundaries included, with the current masks."""
         path = self.folder / f"{shard}.json"
-        found = json.loads(path.read_text()) if path.is_file() else {"masks": None}
-        made_by = mask_folder.read_provenance(self.masks)
-        # An earlier version wrote no boundary counts.
-        if made_by is None or found["masks"] != made_by or "boundary" not in found:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        if not self._current(found) or "boundary" not in found:  # an earlier version wrote no boundary counts
             return None
         return Counts(np.array(found["counts"], np.int64), np.array(found["boundary"], np.int64))
 
@@ -74,7 +72,12 @@ class Scored:
     def _is_whole(self) -> bool:
         """Return whether the sum, boundaries included, is written for the current masks."""
         found = json.loads(self.whole.read_text()) if self.whole.is_file() else {}
-        return "boundary_iou" in found and found.get("masks") == mask_folder.read_provenance(self.masks) is not None
+        return "boundary_iou" in found and self._current(found)
+
+    def _current(self, found: dict[str, Any]) -> bool:
+        """Return whether counts or scores are of the masks that are there now."""
+        noted, made_by = found.get("masks"), mask_folder.read_provenance(self.masks)
+        return noted is not None and made_by is not None and mask_folder.deciding(noted) == made_by
 
 
 def write(scores: Scores, made_by: dict[str, Any] | None, path: Path) -> None:

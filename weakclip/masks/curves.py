@@ -1,4 +1,4 @@
-"""Curves of the statistics of pseudo masks in TensorBoard, and their rate."""
+"""Curves of the statistics of pseudo masks, and of masks per second, in TensorBoard."""
 
 from __future__ import annotations
 

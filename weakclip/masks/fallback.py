@@ -43,8 +43,8 @@ def likely_classes(predictor: sliding_window.Predictor, sample: DecodedSample, s
     one_window = replace(inference, window_batch=1)
     ways: dict[str, Callable[[], Rows]] = {
         "as configured": lambda: _whole(predictor, sample, inference, scale),
-        "with one window at a time": lambda: _whole(predictor, sample, one_window, scale),
-        "strip by strip": lambda: sliding_window.predict_in_strips(predictor, sample.image, one_window, scale),
+        "with one window at a time": lambda: _whole(_eager(predictor), sample, one_window, scale),
+        "strip by strip": lambda: sliding_window.predict_in_strips(_eager(predictor), sample.image, one_window, scale),
     }
     for way, rows in ways.items():
         if way != "as configured":
@@ -57,6 +57,10 @@ def likely_classes(predictor: sliding_window.Predictor, sample: DecodedSample, s
         if predictor.device.type == "cuda":
             torch.cuda.empty_cache()
     raise ImageTooLargeError(f"{sample.key}: out of memory with {H} x {W} pixels, even {way}; make the image smaller")
+
+
+def _eager(predictor: sliding_window.Predictor) -> sliding_window.Predictor:
+    return predictor._replace(compiled=False)  # compiling for another batch takes minutes, and memory
 
 
 def _whole(predictor: sliding_window.Predictor, sample: DecodedSample, inference: InferenceConfig, scale: list[int]) -> Rows:

@@ -43,16 +43,18 @@ HOW = ("processes", "soft", "window_batch")
 
 def provenance(settings: MaskSettings, weights: Path) -> dict[str, Any]:
     """Return everything that decides the pixels of the masks, as a dict for JSON."""
-    decides = {name: value for name, value in asdict(settings.inference).items() if name not in HOW}
-    return {"weights": sha256(weights), "scale": settings.scale, **decides}
+    return {"weights": sha256(weights), "scale": settings.scale, **deciding(asdict(settings.inference))}
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
     """Return the provenance of the masks in `folder`; None if none have been started."""
     note = folder / "about.json"
-    if not note.is_file():
-        return None
-    return {name: value for name, value in json.loads(note.read_text()).items() if name not in HOW}
+    return deciding(json.loads(note.read_text())) if note.is_file() else None
+
+
+def deciding(noted: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a noted provenance that decides the masks."""
+    return {name: value for name, value in noted.items() if name not in HOW}
 
 
 def open_for_writing(folder: Path, settings: MaskSettings, weights: Path) -> None:

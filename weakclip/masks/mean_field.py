@@ -22,7 +22,7 @@ def mean_field(probs_BKHW: Tensor, images_BHW3: Tensor, config: CrfConfig, produ
     """Return the mean-field marginals, B x K x H x W in the type of the probabilities, on their device.
 
     probs_BKHW: class probabilities; they need not sum to one. images_BHW3: RGB in 0..255. products: the type of the matrix
-    products' operands; None: bf16 on GPUs, otherwise that of the probabilities. Sums are in fp32 or better.
+    products, which are accumulated in fp32 or better; None: bf16 on GPUs, otherwise that of the probabilities.
     """
     if products is None:
         products = torch.bfloat16 if probs_BKHW.is_cuda else probs_BKHW.dtype

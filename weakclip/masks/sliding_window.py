@@ -2,8 +2,8 @@
 
 Windows of one shape go through the network in batches, whichever scales and flips of the image they come from. From the scale at
 which both sides reach the window, all windows have one shape (48 of the 52 of a 375 x 500 image in the published recipe), enough
-to fill a GPU. Those full windows may run compiled, in batches that are filled up to one size. Images never share a batch, so an
-image's probabilities do not depend on which other images a task has.
+to fill a GPU. Those full windows may run compiled, in batches of one size; a batch that is more than half full is filled up.
+Images never share a batch, so an image's probabilities do not depend on which other images a task has.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Predictor(NamedTuple):
     """Smallest side that the network takes, in pixels; smaller images are padded."""
     device: torch.device
     compiled: bool = False
-    """Compile the network for batches of full windows."""
+    """Whether the network is compiled for batches of full windows."""
 
 
 class View(NamedTuple):
@@ -158,9 +158,9 @@ def _forwards(predictor: Predictor, windows: Iterable[Tensor], config: Inference
     """Yield the logits of each window, float32 K x h x w at the network's resolution, in order."""
     batch = config.window_batch or BATCHES[predictor.device.type]
     for (_, h, w), alike in groupby(windows, key=lambda x_3hw: x_3hw.shape):
-        compiled = predictor.compiled and h == w == config.window
         while part := list(islice(alike, batch)):
-            with compilation.one_shape() if compiled else nullcontext():
+            compiled = predictor.compiled and h == w == config.window and 2 * len(part) > batch
+            with compilation.in_turn(compiled) if predictor.compiled else nullcontext():
                 filled = part + part[:1] * (batch - len(part)) if compiled else part
                 logits_BKhw = forward(predictor, torch.stack(filled))
             yield from logits_BKhw[: len(part)]

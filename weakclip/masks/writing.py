@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from weakclip.data.index import Index, select_shards
@@ -15,21 +15,13 @@ from weakclip.data.sample import DecodedSample
 from weakclip.data.stream import StoredSamples
 from weakclip.masks import mask_folder
 from weakclip.masks.curves import Curves
-from weakclip.masks.fallback import NotFiniteError, likely_classes
-from weakclip.masks.finishing import Unfinished, finish, mask_of
+from weakclip.masks.fallback import ImageTooLargeError, NotFiniteError, likely_classes
+from weakclip.masks.finishing import Unfinished, finish
 from weakclip.masks.mask_folder import MaskSettings
 from weakclip.masks.sliding_window import Predictor
-from weakclip.runtime.workers import WorkerPool, map_in_threads
+from weakclip.runtime.workers import ON_A_GPU, WorkerPool, map_in_threads
 
 _log = logging.getLogger(__name__)
-
-ON_A_GPU = 3
-"""Images in progress on a GPU: while one waits for it, the next is resized and queued."""
-
-
-def predict_mask(predictor: Predictor, sample: DecodedSample, settings: MaskSettings) -> np.ndarray:
-    """Return the mask of one sample, uint8 H x W of class indices."""
-    return mask_of(likely_classes(predictor, sample, settings), sample.image, settings.inference.crf)
 
 
 def write_masks(
@@ -45,7 +37,7 @@ def write_masks(
     The network runs in this process, on several images at a time. The workers get only the likely classes, run the CRF and write
     the files meanwhile. On a CPU, one image per worker is in progress, each on one core from the network to its files.
     """
-    inference, unlabelled = settings.inference, list[str]()
+    inference, unlabelled, postponed = settings.inference, list[str](), list[DecodedSample]()
 
     def missing() -> Iterator[DecodedSample]:
         for sample in samples:
@@ -59,12 +51,20 @@ def write_masks(
         found = likely_classes(predictor, sample, settings)
         return Unfinished(replace(sample, mask=None), found, predictor.num_classes, settings, out)
 
+    def beside_others(sample: DecodedSample) -> Unfinished | None:
+        try:
+            return unfinished(sample)
+        except ImageTooLargeError:
+            postponed.append(sample)
+            return None
+
     if predictor.device.type == "cpu" and workers.processes > 1:
         made = map_in_threads(lambda sample: workers.run(finish, unfinished(sample)), workers.processes, missing())
     elif predictor.device.type == "cpu":
         made = workers.map(finish, map(unfinished, missing()))
     else:
-        made = workers.map(finish, map_in_threads(unfinished, ON_A_GPU, missing()))
+        several = filter(None, map_in_threads(beside_others, ON_A_GPU, missing()))
+        made = workers.map(finish, chain(several, map(unfinished, postponed)))  # those that need the GPU alone come last
     for quality in made:
         curves.add(quality)
     if unlabelled:

@@ -141,7 +141,8 @@ def boundary_target(probs_BKGG: Tensor, images_BGG3: Tensor, engine: str) -> Ten
 
 def _lattice(probs_BKGG: Tensor, images_BGG3: Tensor) -> Tensor:
     """Return the mean-field marginals that pydensecrf computes, several images at a time on the cores of this rank."""
-    # On a CPU torch's threads wait meanwhile, so that their cores are free. Pydensecrf itself holds Python's lock.
+    # On a CPU torch's threads wait meanwhile, so their cores are free. Only torchrun gives all ranks of a node the same cores,
+    # and it sets LOCAL_WORLD_SIZE. Threads would not help, as pydensecrf holds the GIL.
     threads = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if probs_BKGG.is_cuda else torch.get_num_threads()
     pairs = zip(probs_BKGG.cpu().numpy(), images_BGG3.cpu().numpy(), strict=True)
     return torch.from_numpy(np.stack(boundary_crfs(pairs, min(threads, len(probs_BKGG))))).to(probs_BKGG)

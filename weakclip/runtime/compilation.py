@@ -30,24 +30,24 @@ _inference = threading.Lock()
 
 
 def switch(on: bool) -> None:
-    """Compile regions from now on where gradients are enabled, or stop doing so."""
+    """Compile regions in training, where gradients are enabled, from now on, or stop doing so."""
     global _on
     _on = on
 
 
 def is_on() -> bool:
-    """Return whether regions are compiled."""
+    """Return whether regions are compiled in training."""
     return _on
 
 
 @contextmanager
-def one_shape() -> Iterator[None]:
-    """Compile regions inside, also without gradients. Only for inputs that all have one shape: each shape is compiled anew.
+def in_turn(one_shape: bool) -> Iterator[None]:
+    """Let threads run a network one after the other, because torch.compile is not made for several at a time.
 
-    Threads take turns, because torch.compile is not made for several at a time.
+    one_shape: compile regions inside, also without gradients. All such inputs must have one shape: each shape is compiled anew.
     """
     with _inference:
-        token = _in_one_shape.set(True)
+        token = _in_one_shape.set(one_shape)
         try:
             yield
         finally:
@@ -56,7 +56,7 @@ def one_shape() -> Iterator[None]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Run regions as they are written inside."""
+    """Run training regions as they are written inside."""
     before = _on
     switch(False)
     try:
@@ -66,7 +66,7 @@ def paused() -> Iterator[None]:
 
 
 def region(function: Callable[P, R]) -> Callable[P, R]:
-    """Mark a function or method that is compiled in training, after `switch`, and in inference within `one_shape`.
+    """Mark a function or method that is compiled in training, after `switch`, and in inference within `in_turn`.
 
     Random numbers are those of eager mode. A failed compilation is one warning, and the region then runs as it is written.
     Compiled code is kept in the user's cache directory for the next process.

@@ -23,6 +23,11 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
+ON_A_GPU = 3
+"""Images in progress on a GPU."""
+_starting = threading.Lock()
+
+
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -37,9 +42,9 @@ class WorkerPool:
 
     def __init__(self, processes: int | None) -> None:
         self.processes = processes = cores() if processes is None else processes
-        self._pool = _spawned(processes, _leave_signals_to_the_parent) if processes else None
+        with held_back():  # this starts a process that keeps track of semaphores
+            self._pool = _spawned(processes, _leave_signals_to_the_parent) if processes else None
         self._most = 2 * processes
-        self._submitting = threading.Lock()
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -67,7 +72,9 @@ class WorkerPool:
             return self._submit(self._pool, function, argument).result()
 
     def _submit(self, pool: ProcessPoolExecutor, function: Callable[[A], R], argument: A) -> Future[R]:
-        with self._submitting, held_back(), _large_pages(), _without_main():  # this may start a process
+        if len(pool._processes or ()) == self.processes:
+            return pool.submit(function, argument)
+        with _starting, held_back(), _large_pages(), _without_main():  # this may start a process
             return pool.submit(function, argument)
 
 
@@ -97,8 +104,20 @@ def _broken() -> Iterator[None]:
     except BrokenProcessPool:
         raise UserError(
             "a worker process was killed, perhaps because the machine ran out of memory; "
-            "use fewer workers (--processes, pseudo.processes)"
+            "use fewer workers (--processes, pseudo.processes; a training with boundary.engine=exact needs none)"
         ) from None
+
+
+def map_images(function: Callable[[A], R], processes: int, images: Iterable[A]) -> Iterator[R]:
+    """Yield `function(image)` for each image, in order, with several in progress where that uses the device better.
+
+    On a GPU they are ON_A_GPU: the next ones are prepared and queued while one is computed. On a CPU there is one for each of
+    two or more `processes`, each on one core; otherwise one at a time uses all cores.
+    """
+    import torch  # see map_in_threads
+
+    threads = ON_A_GPU if torch.cuda.is_available() else processes
+    return map_in_threads(function, threads, images) if threads > 1 else map(function, images)
 
 
 def map_in_threads(function: Callable[[A], R], threads: int, arguments: Iterable[A]) -> Iterator[R]:
@@ -109,14 +128,14 @@ def map_in_threads(function: Callable[[A], R], threads: int, arguments: Iterable
     """
     import torch  # takes seconds to import, and a login node that only writes or counts shards does not need it
 
-    cores = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)  # for threads that start from now on, too
     pool = ThreadPoolExecutor(threads)
     try:
         yield from _in_order(lambda argument: pool.submit(function, argument), arguments, 2 * threads)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(cores)
+        torch.set_num_threads(before)
 
 
 def _in_order(submit: Callable[[A], Future[R]], arguments: Iterable[A], most: int) -> Iterator[R]:
@@ -147,7 +166,7 @@ def _large_pages() -> Iterator[None]:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Let processes that start in this context not import the main module again: that of a stage takes seconds to import."""
+    """Keep processes that start in this context from importing the main module, which takes seconds for a stage."""
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         yield

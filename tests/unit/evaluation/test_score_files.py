@@ -56,6 +56,19 @@ def test_parts_add_up_to_the_whole(judged, parts):
     assert whole(run) == {**at_once.as_dict(), "masks": mask_folder.read_provenance(run / "pseudo")}
 
 
+def test_scores_of_a_version_that_noted_the_batch_of_windows_stay_valid(judged):
+    config, index = judged
+    place = Scored.pseudo(RunDir(Path(config.run)))
+    evaluate.run_part(config, None)
+    assert place.done(index) == (3, 3)
+    about = place.masks / "about.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"window_batch": 4}))
+    for path in [place.whole, *place.folder.glob("*.json")]:
+        found = json.loads(path.read_text())
+        path.write_text(json.dumps(found | {"masks": found["masks"] | {"window_batch": 4}}))
+    assert place.done(index) == (3, 3)
+
+
 @given(st.lists(st.integers(0, 6), max_size=6), st.randoms())
 @settings(deadline=None, max_examples=15)
 def test_the_counts_of_any_parts_add_up_to_the_same_integers(images, cuts, random):

@@ -10,7 +10,12 @@ import torch
 from PIL import Image
 
 from weakclip import pseudo
+from weakclip.data.stream import StoredSamples
 from weakclip.masks import mask_folder, sliding_window
+from weakclip.masks.curves import Curves
+from weakclip.masks.mask_folder import MaskSettings
+from weakclip.masks.writing import write_masks
+from weakclip.runtime.workers import WorkerPool
 
 SCALES = ("pseudo.scales=[0.5,1.0,1.5]", "pseudo.flip=true", "pseudo.soft=true", "pseudo.crf.iterations=2")
 
@@ -63,6 +68,26 @@ def test_an_image_too_large_even_in_parts_is_an_error_that_names_it(tiny_config,
     monkeypatch.setattr(sliding_window, "predict_in_strips", too_large)
     with pytest.raises(ValueError, match="image_0: out of memory with 70 x 90 pixels, even strip by strip"):
         run(tiny_config(), str(shards.root), weights, tmp_path / "out")
+
+
+def test_an_image_too_large_beside_others_on_a_gpu_is_done_alone_at_the_end(
+    tiny_config, tiny_model, shards, tmp_path, monkeypatch
+):
+    on_cpu, order = tiny_model().predictor(), []
+    of_a_gpu = on_cpu._replace(device=torch.device("cuda"))
+    tiles, samples = sliding_window.predict_tiles, [*StoredSamples(shards, shards.entries, 0)]
+
+    def crowded(_predictor, image_HW3, *arguments):
+        order.append(next(sample.key for sample in samples if sample.image is image_HW3))
+        if order[-1] == "image_1" and "image_6" not in order:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tiles(on_cpu, image_HW3, *arguments)
+
+    monkeypatch.setattr(sliding_window, "predict_tiles", crowded)
+    monkeypatch.setattr(sliding_window, "predict_in_strips", crowded)
+    settings, curves = MaskSettings.of(tiny_config(*SCALES)), Curves(tmp_path / "board", 0)
+    write_masks(of_a_gpu, settings, samples, tmp_path, curves, WorkerPool(0))
+    assert len(written(tmp_path)) == 14 and order[-1] == "image_1"
 
 
 def test_other_errors_of_the_network_are_not_taken_for_want_of_memory(tiny_config, weights, shards, tmp_path, monkeypatch):

@@ -99,22 +99,22 @@ def test_full_windows_are_compiled_in_batches_of_one_size_and_the_others_are_not
     predictor, inside, seen = tiny_model().predictor(), [], []
 
     @contextmanager
-    def one_shape():
-        inside.append(True)
+    def in_turn(one_shape):
+        inside.append(one_shape)
         yield
         inside.clear()
 
     def logits(x_B3HW):
-        seen.append((tuple(x_B3HW.shape), bool(inside)))
+        seen.append((tuple(x_B3HW.shape), inside == [True]))
         return predictor.logits(x_B3HW)
 
-    monkeypatch.setattr(compilation, "one_shape", one_shape)
+    monkeypatch.setattr(compilation, "in_turn", in_turn)
     config = settings(scales=[0.5, 1.0, 1.5], window_batch=4)
     eager, compiled = (
         predict(predictor._replace(logits=logits, compiled=way), picture(64, 100), config, SCALE) for way in (False, True)
     )
     assert seen[:4] == [((n, 3, *side), False) for n, side in [(1, (32, 50)), (4, (64, 64)), (4, (64, 64)), (2, (64, 64))]]
-    assert seen[4:] == [((1, 3, 32, 50), False)] + [((4, 3, 64, 64), True)] * 3
+    assert seen[4:] == [((1, 3, 32, 50), False)] + [((4, 3, 64, 64), True)] * 2 + [((2, 3, 64, 64), False)]
     torch.testing.assert_close(compiled, eager)
 
 

@@ -15,8 +15,10 @@ from weakclip.checkpoints import weights as stored
 from weakclip.data.stream import StoredSamples
 from weakclip.masks import mask_folder, sliding_window
 from weakclip.masks.curves import Curves
+from weakclip.masks.fallback import likely_classes
+from weakclip.masks.finishing import mask_of
 from weakclip.masks.mask_folder import MaskSettings
-from weakclip.masks.writing import predict_mask, write_masks
+from weakclip.masks.writing import write_masks
 from weakclip.runtime.workers import WorkerPool
 
 NO_CRF = "pseudo.crf=null"
@@ -44,7 +46,7 @@ def predicted(probs_KHW, monkeypatch, config, classes=(1,)) -> np.ndarray:
     H, W = probs_KHW.shape[1:]
     sample = SimpleNamespace(key="made up", image=np.full((H, W, 3), 128, np.uint8), classes=classes)
     monkeypatch.setattr(sliding_window, "predict_tiles", lambda *_: [[torch.tensor(probs_KHW)]])
-    return predict_mask(None, sample, MaskSettings.of(config))
+    return mask_of(likely_classes(None, sample, MaskSettings.of(config)), sample.image, config.pseudo.crf)
 
 
 def columns(*probs: list[float]) -> np.ndarray:

@@ -57,7 +57,7 @@ def test_inference_compiles_it_where_all_inputs_have_one_shape(compiled):
     compilation.switch(False)
     with torch.inference_mode():
         assert double(torch.tensor(2)) == 4 and not compiled
-        with compilation.one_shape():
+        with compilation.in_turn(one_shape=True):
             assert double(torch.tensor(2)) == 4 and compiled == ["double"]
 
 
