@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from weakclip import cli, labels
@@ -26,7 +27,7 @@ def by_part(model: WeakCLIP, crop: int) -> dict[str, int]:
     counts = {}
 
     def counted(name, function, *arguments):
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             result = function(*arguments)
         counts[name] = counter.get_total_flops()
         return result

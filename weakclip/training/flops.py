@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from weakclip.models.interface import Trained
@@ -27,7 +28,8 @@ def per_image(model: Trained, crop: int, batch: int) -> float:
 def _of_batch(model: Trained, crop: int, images: int) -> int:
     was_training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
     images_B3HW = torch.zeros(images, 3, crop, crop, device=trained[0].device)
-    with compilation.paused(), FlopCounterMode(display=False) as counter:
+    # As plain products, because the counter does not know every fused attention, such as a CPU's.
+    with compilation.paused(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = model.eval()(images_B3HW)  # batch norm keeps its statistics
         parts = (output,) if isinstance(output, torch.Tensor) else output
         learning = [part.sum() for part in parts if isinstance(part, torch.Tensor) and part.requires_grad]
