@@ -207,7 +207,7 @@ def unpack(index: Index, folder: Path) -> None:
 
 
 def build(images: Path, out: Path) -> Index:
-    items = coco_items(images / "train2014", images / "annotations" / "instances_train2014.json", with_masks=True)
+    items = coco_items(images / "train2014", images / "annotations" / "instances_train2014.json", COCO, with_masks=True).items
     return build_shards([item for item in items if item.classes], load_with_seed, out, COCO, samples_per_shard=16)
 
 

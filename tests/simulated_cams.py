@@ -38,7 +38,7 @@ def simulated_cam(mask_HW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def write(images: Path, annotations: Path, out: Path, exact: bool) -> None:
     """One KEY.npy an image: {foreground class from 0: map}; or, exact, one KEY.png: the ground truth, as a seed mask."""
     out.mkdir(parents=True, exist_ok=True)
-    for item in coco_items(images, annotations, with_masks=True):
+    for item in coco_items(images, annotations, COCO, with_masks=True).items:
         sample = load_item(item, class_map(COCO, COCO))
         if not sample.classes:
             continue

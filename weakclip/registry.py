@@ -82,7 +82,7 @@ class DataSet(NamedTuple):
     """A layout of images and labels on disk from which shards are built: `data.build.source`."""
 
     items: str
-    """Import path of a function: (BuildConfig, class names of the new set) -> list of weakclip.datasets.items.Item."""
+    """Import path of a function: (BuildConfig, class names of the new set) -> weakclip.datasets.items.Listing."""
     description: str
     """Short text for --help."""
     options: Mapping[str, str]
@@ -90,16 +90,16 @@ class DataSet(NamedTuple):
     required: tuple[str, ...]
     """Options that must be given."""
     classes: str | None = None
-    """Class list of its labels and masks; None: that of the new set."""
+    """Class list of the new set where the command line names none; None: it must."""
 
 
 DATA_SETS = {
     "coco": DataSet(
         "weakclip.datasets.coco:items",
-        "COCO 2014 or 2017 in its usual layout",
+        "images with annotations in COCO's format, such as COCO 2014 or 2017",
         {
             "images": "directory of the split's images",
-            "annotations": "the split's instances_*.json, for the labels",
+            "annotations": "an instances_*.json, whose categories are matched with the class list by name",
             "masks": "add the ground-truth masks, for evaluation",
         },
         required=("images", "annotations"),

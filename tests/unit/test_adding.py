@@ -27,7 +27,7 @@ from torch import nn
 
 from weakclip.data.sample import Cam
 from weakclip.datasets.cam_files import pack_cam, quarter
-from weakclip.datasets.items import Item
+from weakclip.datasets.items import Item, Listing
 from weakclip.networks.base import Network
 
 
@@ -74,7 +74,7 @@ class OneByOne(Network):
 def items(build, names):
     """Images whose name begins with their class."""
     found = sorted(Path(build.images).glob("*.png"))
-    return [Item(path.stem, path, (names.index(path.stem.split("_")[0]),)) for path in found]
+    return Listing(names, [Item(path.stem, path, (names.index(path.stem.split("_")[0]),)) for path in found])
 '''
 
 

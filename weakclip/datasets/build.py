@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from weakclip.config import CAM_KEYS, BuildConfig, Config, ConfigError
-from weakclip.data.index import select_numbers
+from weakclip.data.index import ShardError, select_numbers
 from weakclip.datasets import writing
+from weakclip.datasets.coco import own_classes
 from weakclip.datasets.items import Item, labelled, load_item, version, with_cams
 from weakclip.datasets.writing import Build
-from weakclip.labels import class_map, class_names
+from weakclip.labels import COCO, class_map, class_names
 from weakclip.registry import DATA_SETS, load
+from weakclip.runtime.atomic import write_whole
 from weakclip.runtime.command_line import Parser, run
 
 PATHS = ("images", "annotations", "devkit", "labels", "mask_dir", "cams")
 """Fields of BuildConfig that are paths."""
+
+FROM_ANNOTATIONS = "from-annotations"
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +41,9 @@ def plan(build: BuildConfig, out: Path, classes: str) -> Build[Item]:
     """
     data_set = DATA_SETS[str(build.source)]
     target = class_names(classes)
-    own = target if data_set.classes is None else class_names(data_set.classes)
-    found = load(data_set.items)(build, own)
+    own, found = load(data_set.items)(build, target)
+    if build.cam_keys == "coco" and own != COCO:
+        raise ConfigError("cam_keys=coco: the annotations' categories are not COCO's; use foreground0 or class")
     to_target = class_map(own, target)
     items = labelled(found, to_target)
     if len(items) < len(found):
@@ -96,8 +101,9 @@ def parse_args(arguments: Sequence[str]) -> tuple[BuildConfig, Path, str]:
         sub = sources.add_parser(source, help=data_set.description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for name, help_text in data_set.options.items():
             _add_option(sub, name, help_text, required=name in data_set.required)
+        own = f", or {FROM_ANNOTATIONS}, which writes OUT.names.txt" if source == "coco" else ""
         sub.add_argument("--classes", default=data_set.classes, required=data_set.classes is None,
-                         help="class list of the new set: voc, coco or a file of names, background first")  # fmt: skip
+                         help=f"class list of the new set: voc, coco or a file of names, background first{own}")  # fmt: skip
         sub.add_argument("--cams", help="directory of KEY.npy, KEY.npz (CAMs) or KEY.png (seeds)")
         sub.add_argument("--cam-keys", choices=CAM_KEYS if source == "coco" else CAM_KEYS[:2], default="foreground0",
                          help="keys in the CAM files: foreground classes from 0, class indices, or COCO's ids")  # fmt: skip
@@ -118,8 +124,21 @@ def _add_option(parser: argparse.ArgumentParser, name: str, help_text: str, requ
         parser.add_argument(option, dest=name, metavar="PATH", required=required, help=help_text)
 
 
+def write_classes(annotations: Path, out: Path) -> Path:
+    """Write a COCO file's annotated categories to OUT.names.txt and return its path. Raises ShardError if that holds others."""
+    path, text = out.with_name(f"{out.name}.names.txt"), "\n".join(own_classes(annotations)) + "\n"
+    if path.exists() and path.read_text() != text:
+        raise ShardError(f"{path}: lists other classes than {annotations}; remove it, or give it as --classes")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+    print(f"{path}: the classes of {annotations}; set `classes` in the recipe to this file")
+    return path
+
+
 def main(arguments: Sequence[str]) -> None:
     build, out, classes = parse_args(arguments)
+    if build.source == "coco" and classes == FROM_ANNOTATIONS:
+        classes = str(write_classes(Path(str(build.annotations)), out))
     index = plan(build, out, classes).run(build.processes)
     assert index is not None  # this process wrote all that was missing
     size = sum(shard.bytes for shard in index.shards)

@@ -1,74 +1,121 @@
-"""COCO 2014 or 2017 in its usual layout: an instances_*.json and a directory of the images it lists.
+"""Data sets in COCO's format: an instances_*.json and a directory of the images it lists.
 
+The file's `categories` decide what an annotation is; their ids are free. COCO 2014 and 2017 are data sets of this format.
 Shapes: H W image pixels.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import operator
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from pycocotools import mask as rle
 
 from weakclip.config import BuildConfig
 from weakclip.data.codecs import encode_mask_png
 from weakclip.data.index import ShardError
-from weakclip.datasets.items import Item, check_files
-from weakclip.labels import COCO_ID_TO_CLASS
+from weakclip.datasets.items import Item, Listing, check_files
+from weakclip.labels import COCO, find_class
 
 
-def items(build: BuildConfig, names: Sequence[str]) -> list[Item]:
-    """List the images that `build` describes; `names` is the class list of its labels."""
-    return coco_items(Path(str(build.images)), Path(str(build.annotations)), build.masks)
+def items(build: BuildConfig, target: Sequence[str]) -> Listing:
+    """List the images that `build` describes; `target` is the class list of the new set."""
+    return coco_items(Path(str(build.images)), Path(str(build.annotations)), target, build.masks)
 
 
-def coco_items(images: Path, annotations: Path, with_masks: bool = False) -> list[Item]:
-    """List every image of a COCO instances file, ordered by id; its classes are those annotated in it, crowds included.
+def coco_items(images: Path, annotations: Path, target: Sequence[str], with_masks: bool = False) -> Listing:
+    """List every image of an instances file, ordered by id; its classes are those annotated in it, crowds included.
 
-    Raises ShardError when the annotations are not COCO's, and when the files in `images` are not those they list.
+    The classes are COCO's where all annotated categories are, by name or by VOC's name for the same; otherwise those of `target`,
+    which must then have all of them. Raises ShardError when it has not, when the file does not have COCO's format, and when the
+    files in `images` are not those it lists.
     """
-    listed, segments = _read_instances(annotations)
-    check_files(images, [image["file_name"] for image in listed], annotations)
-    items = []
-    for image in sorted(listed, key=operator.itemgetter("id")):
+    found = read_instances(annotations)
+    check_files(images, [image["file_name"] for image in found.images], annotations)
+    own = COCO if all(find_class(name, COCO) for name in found.annotated) else tuple(target)
+    used = {category: name for category, name in found.categories.items() if name in found.annotated}
+    index_of = {category: _index(name, own, annotations) for category, name in used.items()}
+    listed = []
+    for image in sorted(found.images, key=operator.itemgetter("id")):
         key, size_HW = Path(image["file_name"]).stem, (image["height"], image["width"])
-        found = tuple(segments.get(image["id"], ()))
-        classes = tuple(sorted({index for index, _ in found}))
-        mask = Instances(key, size_HW, found) if with_masks else None
-        items.append(Item(key, images / image["file_name"], classes, mask=mask, size_HW=size_HW))
-    return items
+        segments = tuple((index_of[category], drawn) for category, drawn in found.segments[image["id"]])
+        classes = tuple(sorted({index for index, _ in segments}))
+        mask = Instances(key, size_HW, segments) if with_masks else None
+        listed.append(Item(key, images / image["file_name"], classes, mask=mask, size_HW=size_HW))
+    return Listing(own, listed)
+
+
+def own_classes(annotations: Path) -> tuple[str, ...]:
+    """Return "background" and the names of a file's annotated categories, ordered by id. Raises ShardError as `coco_items`."""
+    found = read_instances(annotations)
+    names = [name for _, name in sorted(found.categories.items()) if name in found.annotated]
+    return ("background", *dict.fromkeys(names))
+
+
+def _index(name: str, own: Sequence[str], file: Path) -> int:
+    if index := find_class(name, own):
+        return index
+    near = difflib.get_close_matches(name, own[1:], n=1, cutoff=0)
+    raise ShardError(
+        f"{file}: category {name!r} is not in the class list (nearest: {near[0]!r}); give a list that has it, or take the file's "
+        "own categories with --classes from-annotations"
+    )
+
+
+class _Found(NamedTuple):
+    """What an instances file holds."""
+
+    images: list[dict[str, Any]]
+    categories: dict[int, str]
+    """Names by id."""
+    annotated: set[str]
+    """Names of the categories that have annotations."""
+    segments: dict[int, list[tuple[int, Any]]]
+    """Category id and segmentation of each annotation, by image id."""
 
 
 _IMAGE = {"id": int, "file_name": str, "height": int, "width": int}
+_CATEGORY = {"id": int, "name": str}
+_ANNOTATION = {"image_id": int, "category_id": int}
 
 
-def _read_instances(file: Path) -> tuple[list[dict[str, Any]], dict[int, list[tuple[int, Any]]]]:
-    """Return the images of an instances file, and their (class index, segmentation) pairs by image id."""
-    segments = defaultdict(list)
+def read_instances(file: Path) -> _Found:
+    """Read an instances file. Raises ShardError when it does not have COCO's format."""
     try:
         raw = json.loads(file.read_bytes())
-        images = [{name: image[name] for name in _IMAGE} for image in raw["images"]]
-        if wrong := [image for image in images if any(type(image[name]) is not kind for name, kind in _IMAGE.items())]:
-            raise TypeError(f"image {wrong[0]}")
-        for annotation in raw["annotations"]:
-            if (category := annotation["category_id"]) not in COCO_ID_TO_CLASS:
-                raise ShardError(f"{file}: category_id {category!r} is not one of COCO's 80 thing classes")
-            segments[annotation["image_id"]].append((COCO_ID_TO_CLASS[category], annotation["segmentation"]))
-        ids = {image["id"] for image in images}
-    except ShardError:
-        raise
+        images, categories = _typed(raw["images"], _IMAGE), _typed(raw["categories"], _CATEGORY)
+        annotations = _typed(raw["annotations"], _ANNOTATION)
+        drawn = [annotation["segmentation"] for annotation in raw["annotations"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ShardError(f"{file}: not a COCO instances file ({type(error).__name__}: {error})") from None
-    if len(ids) < len(images):
-        raise ShardError(f"{file}: two images have the same id")
-    if unknown := segments.keys() - ids:
-        raise ShardError(f"{file}: annotations of image {min(unknown, key=str)}, which is not listed under 'images'")
-    return images, segments
+    names = {category["id"]: category["name"].strip() for category in categories}
+    segments: dict[int, list[tuple[int, Any]]] = {image["id"]: [] for image in images}
+    for what, ids, rows in (("images", segments, images), ("categories", names, categories)):
+        if len(ids) < len(rows):
+            raise ShardError(f"{file}: two {what} have the same id")
+    for annotation, segmentation in zip(annotations, drawn, strict=True):
+        if (category := annotation["category_id"]) not in names:
+            raise ShardError(f"{file}: category_id {category} is not listed under 'categories'")
+        if (image := annotation["image_id"]) not in segments:
+            raise ShardError(f"{file}: annotations of image {image}, which is not listed under 'images'")
+        segments[image].append((category, segmentation))
+    annotated = {names[category] for found in segments.values() for category, _ in found}
+    return _Found(images, names, annotated, segments)
+
+
+def _typed(rows: Iterable[Any], kinds: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Return these keys of each row. Raises KeyError or TypeError when one is missing or has another type, such as an id "7"."""
+    found = [{name: row[name] for name in kinds} for row in rows]
+    if wrong := [row for row in found if any(type(row[name]) is not kind for name, kind in kinds.items())]:
+        expected = ", ".join(f"{name} {kind.__name__}" for name, kind in kinds.items())
+        raise TypeError(f"{wrong[0]}; expected: {expected}")
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- masks
@@ -90,43 +137,62 @@ class Instances:
 def _rasterise(segments: Iterable[tuple[int, Any]], height: int, width: int, key: str) -> np.ndarray:
     """Return the class mask, uint8 H x W. Where instances overlap, the one with the fewest pixels wins."""
     try:
-        masks = [(_segment_mask(segmentation, height, width), index) for index, segmentation in segments]
+        masks = [(segment_mask(segmentation, height, width), index) for index, segmentation in segments]
     except Exception as error:  # the file may hold anything in place of a segmentation
-        raise ShardError(f"{key}: a segmentation is neither polygons nor RLE with list counts ({error})") from None
+        raise ShardError(f"{key}: a segmentation is neither polygons nor RLE of this image ({error})") from None
     mask_HW = np.zeros((height, width), np.uint8)
     for inside_HW, index in sorted(masks, key=lambda pair: -int(pair[0].sum())):
         mask_HW[inside_HW] = index
     return mask_HW
 
 
-def _segment_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Return bool H x W of one COCO segmentation: a list of polygons [x, y, x, y, ...] or {"counts": run lengths}."""
+def segment_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Return bool H x W of one COCO segmentation, as pycocotools draws it: a list of polygons [x, y, x, y, ...], or
+    {"size": [H, W], "counts": ...} with run lengths or their compressed form, a string. Raises ValueError or TypeError."""
     if isinstance(segmentation, dict):
-        runs = np.array(segmentation["counts"], np.int64)  # raises ValueError for the compressed form, a string
-        if runs.sum() != height * width:  # checked first, since it may claim gigabytes
-            raise ValueError(f"{runs.sum()} pixels of {height * width}")
-        values = np.arange(len(runs)) % 2 == 1
-        return np.repeat(values, runs).reshape(width, height).T  # runs go down the columns
-    inside_HW = np.zeros((height, width), bool)
-    for polygon in segmentation:
-        inside_HW |= _polygon_mask(np.array(polygon, np.float64).reshape(-1, 2), height, width)
-    return inside_HW
+        if "size" in segmentation and list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"size is {segmentation['size']}, but the image's [height, width] is {[height, width]}")
+        counts = segmentation["counts"]
+        runs = _runs(counts) if isinstance(counts, str) else [operator.index(run) for run in counts]
+        rest = height * width - sum(runs)
+        # Checked here, because pycocotools first takes the memory. In compressed RLE it takes what is missing for background.
+        if min(runs, default=0) < 0 or rest < 0 or (rest and not isinstance(counts, str)):
+            raise ValueError(f"its runs cover {sum(runs)} pixels of {height * width}")
+        runs += [rest] if len(runs) % 2 == 0 else [0, rest]
+        return rle.decode(rle.frPyObjects({"size": [height, width], "counts": runs}, height, width)).astype(bool)
+    if not segmentation:
+        return np.zeros((height, width), bool)
+    polygons = [_polygon(corners, 10 * max(height, width)) for corners in segmentation]
+    return rle.decode(rle.merge(rle.frPyObjects(polygons, height, width))).astype(bool)
 
 
-def _polygon_mask(points_n2: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return bool H x W: the pixels whose centre lies inside the polygon, by the even-odd rule."""
-    if not np.isfinite(points_n2).all():
-        raise ValueError("a corner is not finite")
-    x0, y0 = points_n2.T
-    x1, y1 = np.roll(points_n2, -1, axis=0).T
-    # An edge crosses the centre lines of rows top .. bottom - 1.
-    top = np.clip(np.ceil(np.minimum(y0, y1) - 0.5), 0, height).astype(int)
-    bottom = np.clip(np.ceil(np.maximum(y0, y1) - 0.5), 0, height).astype(int)
-    count = bottom - top
-    edge = np.repeat(np.arange(len(points_n2)), count)
-    row = np.arange(count.sum()) + np.repeat(top - (count.cumsum() - count), count)
-    x = x0[edge] + (row + 0.5 - y0[edge]) * (x1 - x0)[edge] / (y1 - y0)[edge]
-    column = np.clip(np.ceil(x - 0.5), 0, width).astype(int)
-    crossings_HW = np.zeros((height, width + 1), np.uint8)
-    np.add.at(crossings_HW, (row, column), 1)
-    return (crossings_HW.cumsum(axis=1, dtype=np.uint8)[:, :width] & 1).astype(bool)
+def _polygon(corners: Any, limit: int) -> list[float]:
+    """Return the corners of a polygon, x, y, x, y, ... Raises ValueError for fewer than three, and for corners far away."""
+    points = np.asarray(corners, np.float64)
+    if points.ndim != 1 or len(points) < 6 or len(points) % 2:
+        raise ValueError(f"a polygon has {points.size} coordinates; it needs x, y of three corners or more")
+    if not (np.abs(points) <= limit).all():  # pycocotools follows the edges pixel by pixel
+        raise ValueError("a corner of a polygon is far outside the image")
+    return points.tolist()
+
+
+def _runs(counts: str) -> list[int]:
+    """Return the run lengths that a compressed string holds: six bits a character from "0", five of them digits, low ones first.
+
+    From the third on, a run is stored as its difference to the one before the last. (cocoapi, maskApi.c: rleFrString)
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"{character!r} is no part of a compressed RLE")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) and 1 << shift
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = shift = 0
+    if shift:
+        raise ValueError("its counts are cut off")
+    return runs

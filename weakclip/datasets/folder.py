@@ -9,17 +9,16 @@ from pathlib import Path
 
 from weakclip.config import BuildConfig
 from weakclip.data.index import ShardError
-from weakclip.datasets.items import Item, check_files, image_names
+from weakclip.datasets.items import Item, Listing, check_files, image_names
 from weakclip.labels import find_class
 
 COLUMNS = ["file", "labels"]
 
 
-def items(build: BuildConfig, names: Sequence[str]) -> list[Item]:
-    """List the images that `build` describes; `names` is the class list of its labels."""
-    return folder_items(
-        Path(str(build.images)), names, *(Path(path) if path else None for path in (build.labels, build.mask_dir))
-    )
+def items(build: BuildConfig, target: Sequence[str]) -> Listing:
+    """List the images that `build` describes; `target` is the class list of the new set."""
+    labels, masks = (Path(path) if path else None for path in (build.labels, build.mask_dir))
+    return Listing(target, folder_items(Path(str(build.images)), target, labels, masks))
 
 
 def folder_items(images: Path, names: Sequence[str], labels: Path | None = None, masks: Path | None = None) -> list[Item]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -46,6 +46,14 @@ class Item:
     seed: Path | None = None
     mask: Readable | None = None
     size_HW: tuple[int, int] | None = None
+
+
+class Listing(NamedTuple):
+    """The images of a data set."""
+
+    classes: Sequence[str]
+    """The class list of their labels, masks and CAMs."""
+    items: list[Item]
 
 
 # ------------------------------------------------------------------------------------------------------------- listing

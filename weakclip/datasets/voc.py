@@ -13,16 +13,17 @@ from tqdm import tqdm
 from weakclip.config import BuildConfig
 from weakclip.data.index import ShardError
 from weakclip.datasets.cam_files import read_dict
-from weakclip.datasets.items import Item
+from weakclip.datasets.items import Item, Listing
 from weakclip.labels import VOC
 
 MASKS = ("SegmentationClass", "SegmentationClassAug")
 """Folders of masks: VOC's own, then those that trainaug takes from SBD."""
 
 
-def items(build: BuildConfig, names: Sequence[str]) -> list[Item]:
-    """List the images that `build` describes; `names` is the class list of its labels."""
-    return voc_items(Path(str(build.devkit)), str(build.split), Path(build.labels) if build.labels else None, build.masks)
+def items(build: BuildConfig, _target: Sequence[str]) -> Listing:
+    """List the images that `build` describes."""
+    labels = Path(build.labels) if build.labels else None
+    return Listing(VOC, voc_items(Path(str(build.devkit)), str(build.split), labels, build.masks))
 
 
 def voc_items(devkit: Path, split: str, labels: Path | None = None, with_masks: bool = False) -> list[Item]:
