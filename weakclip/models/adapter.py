@@ -16,7 +16,7 @@ class Doubling(nn.ConvTranspose2d):
     """2x2 transposed convolution of stride 2, which doubles both sides of a map.
 
     Its patches don't overlap, so it is computed as a 1x1 convolution to four times as many channels, whose four parts are then
-    interleaved. This is the same sum, and forward and backward take a third less time on CPUs.
+    interleaved. This is the same sum; forward and backward took 27 to 40 % less time at full size on a CPU, and 8 % in the demo.
     """
 
     def __init__(self, width: int) -> None:

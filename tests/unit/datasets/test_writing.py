@@ -88,7 +88,7 @@ def test_a_build_that_failed_goes_on_with_what_is_missing(tmp_path, whole):
     assert not (tmp_path / "set.partial").exists()
 
 
-def test_a_picture_that_changed_meanwhile_is_written_anew(tmp_path):
+def test_an_image_that_changed_meanwhile_is_written_again(tmp_path):
     with pytest.raises(ShardError):
         build(tmp_path / "set", Pictures(broken={6})).run()
     changed = Pictures(shade=200)
@@ -111,7 +111,7 @@ def test_a_build_that_wrote_nothing_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_strangers_files_are_not_touched(tmp_path):
+def test_files_of_unknown_origin_are_not_touched(tmp_path):
     (tmp_path / "set.partial").mkdir()
     (tmp_path / "set.partial" / "thesis.tex").touch()
     with pytest.raises(ShardError, match="holds files that are not an unfinished build"):
