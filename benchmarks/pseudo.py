@@ -86,16 +86,16 @@ def released_first(predictor: sliding_window.Predictor, samples: Sequence[Decode
         prediction_HW = probs_KHW.argmax(0).cpu().numpy()
         classes_n = np.unique(prediction_HW)
         found = {"prob": probs_KHW.cpu().numpy()[classes_n], "keys": classes_n, "pred": prediction_HW[None]}
-        np.save(out / f"{sample.key}.npy", found, allow_pickle=True)  # type: ignore[arg-type]
+        np.save(out / f"{sample.name}.npy", found, allow_pickle=True)  # type: ignore[arg-type]
 
 
 def released_crf(sample: DecodedSample, config: Config, out: Path) -> None:
     """Run the second command, the CRF, for one image."""
-    found = np.load(out / f"{sample.key}.npy", allow_pickle=True).item()
+    found = np.load(out / f"{sample.name}.npy", allow_pickle=True).item()
     probs_nHW, classes_n = found["prob"], found["keys"]
     if len(classes_n) > 1 and config.pseudo.crf is not None:
         probs_nHW = crf.dense_crf(probs_nHW, sample.image, config.pseudo.crf)
-    mask_folder.save(classes_n[probs_nHW.argmax(0)].astype(np.uint8), out / f"{sample.key}.png")
+    mask_folder.save(classes_n[probs_nHW.argmax(0)].astype(np.uint8), out / f"{sample.name}.png")
 
 
 # ------------------------------------------------------------------------------------------------------------ measurement
@@ -169,7 +169,7 @@ def compare(model: WeakCLIP, samples: Sequence[DecodedSample], config: Config, r
         "cores": count,
         "images_per_second": rates,
         "ratio": {name: rates["ours"] / rates[name] for name in rates if name != "ours"},
-        "same_percent": 100 * same(folder / "0/released", folder / "0/ours", [sample.key for sample in samples]),
+        "same_percent": 100 * same(folder / "0/released", folder / "0/ours", [sample.name for sample in samples]),
     }
 
 

@@ -5,7 +5,7 @@ import functools
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -220,7 +220,9 @@ def make_shards() -> Callable[..., Any]:
     from weakclip.data.sample import Cam, Sample
     from weakclip.datasets.writing import build_shards
 
-    def make(out: Path, count: int = 7, per_shard: int = 3, H: int = 48, W: int = 64, **changes: Any) -> Any:
+    def make(
+        out: Path, count: int = 7, per_shard: int = 3, H: int = 48, W: int = 64, names: Sequence[str] = (), **changes: Any
+    ) -> Any:
         def load(number: int) -> Sample:
             image_HW3 = np.random.default_rng(number).integers(0, 256, (H, W, 3), np.uint8)
             image_HW3[0, 0] = number
@@ -229,7 +231,8 @@ def make_shards() -> Callable[..., Any]:
             cam = Cam((1,), (200 * mask_HW)[None], 1.0)
             fields = {"image": png(image_HW3), "image_ext": "png", "classes": (1,), "cam": cam}
             fields |= {"seed": png(mask_HW), "mask": png(mask_HW), **changes}
-            return Sample(f"image_{number}", height=H, width=W, source="made up", **fields)
+            name = names[number] if names else f"image_{number}"
+            return Sample(name, height=H, width=W, source="made up", **fields)
 
         return build_shards(range(count), load, out, TINY_NAMES, samples_per_shard=per_shard)
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from weakclip.datasets.coco import coco_items
-from weakclip.datasets.items import load_item
+from weakclip.datasets.loading import load_item
 from weakclip.labels import COCO, class_map
 
 

@@ -47,9 +47,16 @@ class BuildConfig:
     masks: bool = False
     """Add the ground-truth masks that the data set has, for evaluation."""
     mask_dir: str | None = None
-    """Directory of ground-truth masks for evaluation: KEY.png with class indices (folder)."""
+    """Directory of ground-truth masks for evaluation: NAME.png with class indices (folder)."""
+    recursive: bool = False
+    """Whether images, masks and CAMs in subfolders count (folder)."""
+    exif: str = "stored"
+    """How images with an EXIF orientation are used: stored, as COCO's tools and Pillow do, or upright. Then they are turned,
+    and so are masks, seeds and CAMs, unless these have the upright size already."""
+    strict: bool = False
+    """Whether labels, CAMs, seeds and masks that disagree are an error instead of a warning."""
     cams: str | None = None
-    """Directory with KEY.npy or KEY.npz (CAMs) or KEY.png (seed masks) for each image; null: no CAMs."""
+    """Directory with NAME.npy or NAME.npz (CAMs) or NAME.png (seed masks) for each image; null: no CAMs."""
     cam_keys: str = "foreground0"
     """What the keys in CAM files mean: foreground0 (foreground classes from 0), class (class indices) or coco (COCO's ids)."""
     samples_per_shard: int = 256
@@ -60,6 +67,7 @@ class BuildConfig:
     def __post_init__(self) -> None:
         _require(self.samples_per_shard >= 1, "data.build.samples_per_shard must be 1 or more")
         _require(self.processes >= 1, "data.build.processes must be 1 or more")
+        _require_choice("data.build.exif", self.exif, EXIF)
         choices = CAM_KEYS if self.source in (None, "coco") else CAM_KEYS[:2]
         _require_choice("data.build.cam_keys", self.cam_keys, choices)
         if self.source is None:
@@ -68,11 +76,13 @@ class BuildConfig:
         data_set = DATA_SETS[self.source]
         for name in data_set.required:
             _require(getattr(self, name) is not None, f"data.build.{name} is missing; data.build.source={self.source} needs it")
-        always = ("source", "cams", "cam_keys", "samples_per_shard", "processes")
+        always = ("source", "cams", "cam_keys", "exif", "strict", "samples_per_shard", "processes")
         for item in fields(self):
             unused = item.name not in (*always, *data_set.options) and getattr(self, item.name) != item.default
             _require(not unused, f"data.build.{item.name} has no effect with data.build.source={self.source}; leave it out")
 
+
+EXIF = ("stored", "upright")
 
 CAM_KEYS = ("foreground0", "class", "coco")
 """What the keys in a CAM file mean: foreground classes from 0, class indices (0: background), or COCO category ids."""
@@ -419,7 +429,7 @@ class InferenceConfig:
     restrict_to_labels: bool = False
     """Zero the probability of classes that the image's labels exclude (training images only)."""
     soft: bool = False
-    """Also write the probabilities before the CRF: KEY.npz next to KEY.png."""
+    """Also write the probabilities before the CRF: NAME.npz next to NAME.png."""
     processes: int | None = None
     """Worker processes that run the CRF and write the files, in addition to the network's process; in the stage `cam` they run
     the CRF of `seeds.crf`. On a CPU, two or more of them also set the number of images in progress, one core each. Null: one per

@@ -38,7 +38,7 @@ def run(config: Config, what: str, data: str, shards: str | None, folder: Path) 
         return found
     if what == "seeds":
         return seed_scores(samples, config.seeds, names, config.pseudo.processes)
-    return score(samples, lambda sample: mask_folder.read(folder, sample.key), names)
+    return score(samples, lambda sample: mask_folder.read(folder, sample.name), names)
 
 
 def run_part(config: Config, part: str | None) -> None:
@@ -56,7 +56,7 @@ def score_shards(index: Index, part: str | None, place: Scored, workers: int) ->
     for shard, entries in tqdm([(shard, list(entries)) for shard, entries in shards], "scoring", unit=" shards", disable=None):
         if place.counts(shard) is None:
             samples = StoredSamples(index, entries, workers)
-            found = count(samples, lambda sample: mask_folder.read(place.masks, sample.key), len(index.classes))
+            found = count(samples, lambda sample: mask_folder.read(place.masks, sample.name), len(index.classes))
             place.write_counts(shard, found)
     if (whole := place.add_up(index)) is not None:
         print(whole.table())
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--what", choices=("masks", "seeds", "cam", "cam_crf"), default="masks", help="what to score (default: masks)"
     )
-    parser.add_argument("--masks", metavar="DIR", help="folder of KEY.png (default: RUN/pseudo)")
+    parser.add_argument("--masks", metavar="DIR", help="folder of NAME.png (default: RUN/pseudo)")
     parser.add_argument("--data", metavar="DIR", help="shard set with ground-truth masks (default: data.train)")
     parser.add_argument("--shards", metavar="N|A:B", help="only these shards of it")
     parser.add_argument("--out", metavar="FILE", help="JSON to write (default: RUN/scores-WHAT.json)")

@@ -73,7 +73,7 @@ def class_names(spec: str) -> tuple[str, ...]:
     path = Path(spec)
     if not path.is_file():
         raise UserError(f"classes: {spec!r} is neither {', '.join(CLASS_SETS)} nor a text file with one class name per line")
-    names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    names = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
     if len(names) < 2 or names[0] != "background":
         raise UserError(f"{path}: needs at least two class names, one per line, the first of them 'background'")
     if len(set(names)) < len(names):
@@ -81,6 +81,17 @@ def class_names(spec: str) -> tuple[str, ...]:
     if len(names) > IGNORE:
         raise UserError(f"{path}: {len(names)} classes; an 8-bit mask holds at most {IGNORE}")
     return names
+
+
+def read_text(path: Path, error: type[UserError] = UserError) -> str:
+    """Return a text file in UTF-8, with or without a byte order mark. Raises `error` naming the line of a byte that is not."""
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as found:
+        line = data.count(b"\n", 0, found.start) + 1
+        what = f"byte 0x{data[found.start]:02X} in line {line} is not UTF-8"
+        raise error(f"{path}: {what}; save the file as UTF-8, such as by: iconv -f latin1 -t utf-8") from None
 
 
 def find_class(name: str, names: Sequence[str]) -> int | None:

@@ -119,11 +119,12 @@ DATA_SETS = {
     ),
     "folder": DataSet(
         "weakclip.datasets.folder:items",
-        "a folder of JPEG and PNG images",
+        "a folder of JPEG, PNG and WebP images",
         {
             "images": "directory of the images",
-            "labels": "CSV with the columns file,labels; several labels are separated by ';'",
-            "mask_dir": "directory of ground-truth masks, KEY.png, for evaluation",
+            "labels": "CSV with the columns file,labels, or with a column of 0 and 1 for each class",
+            "recursive": "images, masks and CAMs may lie in subfolders",
+            "mask_dir": "directory of ground-truth masks, NAME.png, for evaluation",
         },
         required=("images",),
     ),

@@ -50,9 +50,9 @@ def write_archive(folder: Path, entries: Iterable[Entry], path: Path) -> None:
     """Write the masks of `entries` as the tar that VOC's evaluation server takes."""
     with whole(path) as unfinished, tarfile.open(unfinished, "x") as tar:
         for entry in entries:
-            mask_folder.read(folder, entry.key)  # raises an error naming a damaged mask
-            png = (folder / f"{entry.key}.png").read_bytes()
-            member = tarfile.TarInfo(f"{ARCHIVE}/{entry.key}.png")
+            mask_folder.read(folder, entry.name)  # raises an error naming a damaged mask
+            png = mask_folder.mask_path(folder, entry.name).read_bytes()
+            member = tarfile.TarInfo(f"{ARCHIVE}/{entry.name}.png")
             member.size = len(png)
             tar.addfile(member, io.BytesIO(png))
 

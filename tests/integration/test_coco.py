@@ -92,7 +92,7 @@ def test_all_that_is_shown_was_made_of_the_pictures(finished):
     samples = [*StoredSamples(Index.load(folder / "cams"), Index.load(folder / "cams").entries, 0)]
     assert len(samples) == 10 and all(sample.cam.classes == sample.classes for sample in samples if sample.classes)
     for sample in samples:
-        with Image.open(run / "pseudo" / f"{sample.key}.png") as mask:
+        with Image.open(run / "pseudo" / f"{sample.name}.png") as mask:
             assert mask.mode == "P" and mask.size == sample.image.shape[1::-1] and np.asarray(mask).max() <= 80
     assert len(list((run / "retrain/segformer/masks-val").glob("*.png"))) == 4
 

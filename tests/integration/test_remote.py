@@ -120,7 +120,7 @@ def test_stored_samples_and_scores_come_from_a_url_too(local, url, settings, tmp
     config = settings(True, "data.workers=2")
     index = open_index(url("http", "mixed"), NAMES, config.data)
     found, wanted = (list(StoredSamples(i, i.entries, workers)) for i, workers in ((index, 2), (local, 0)))
-    assert all(a.key == b.key and (a.image == b.image).all() for a, b in zip(found, wanted, strict=True))
+    assert all(a.name == b.name and (a.image == b.image).all() for a, b in zip(found, wanted, strict=True))
     assert evaluate.run(config, "seeds", url("http", "plain"), "0:2", tmp_path).miou == 1.0
 
 

@@ -101,7 +101,7 @@ def test_the_test_split_has_images_alone(devkit, tmp_path):
     source = ("voc", "--devkit", devkit, "--split", "test", "--processes", 1)
     typed(build, *source, "--out", tmp_path / "set")
     (sample,) = samples(tmp_path / "set").values()
-    assert (sample.key, sample.classes, sample.cam, sample.mask) == ("2008_000001", (), None, None)
+    assert (sample.name, sample.classes, sample.cam, sample.mask) == ("2008_000001", (), None, None)
     result = run("build", *source, "--out", tmp_path / "other", "--cams", devkit / "../../cams")
     assert_one_line_error(result, "2008_000001.jpg", "leave --cams out")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]

@@ -47,7 +47,7 @@ def maker(config, labelled):
         h, w = quarter(sample.size)
         left_hw = np.zeros((h, w), np.float32)
         left_hw[:, : w // 2] = 1
-        return pack_cam({index: left_hw for index in sample.classes}, sample.size, sample.key)
+        return pack_cam({index: left_hw for index in sample.classes}, sample.size, sample.name)
 
     return cam, {"found": 1}
 

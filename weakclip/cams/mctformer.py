@@ -40,7 +40,7 @@ def cam_of(network: MCTformer, sample: DecodedSample, config: Config) -> Cam:
         scale=config.data.scale,
         size=quarter(sample.size),
     )
-    return pack_cam(dict(zip(sample.classes, maps_nhw, strict=True)), sample.size, sample.key)
+    return pack_cam(dict(zip(sample.classes, maps_nhw, strict=True)), sample.size, sample.name)
 
 
 def activation_maps(

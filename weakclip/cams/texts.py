@@ -70,7 +70,7 @@ class PromptedClip:
         options, scale = self.config.cam, self.config.data.scale
         n, size = len(sample.classes), quarter(sample.size)
         maps_nhw = gradcam.activation_maps(self.clip, sample.image, texts_CE, n, options, scale, size)
-        return pack_cam(dict(zip(sample.classes, maps_nhw, strict=True)), sample.size, sample.key)
+        return pack_cam(dict(zip(sample.classes, maps_nhw, strict=True)), sample.size, sample.name)
 
     def sharpness(self, samples: Iterable[DecodedSample]) -> dict[str, float]:
         """Return how unevenly each template scores the classes that an image is labelled with; lower is better (CLIP-ES).

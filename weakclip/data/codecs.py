@@ -57,6 +57,14 @@ def decode_mask_png(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
     return None if rows[:, 0].any() or not inflate.eof else rows[:, 1:].copy()
 
 
+def png_palette(data: bytes) -> bytes | None:
+    """Return the palette of a PNG, three bytes a colour; None where it has none, or is damaged."""
+    try:
+        return next((body for kind, body in _png_chunks(data) if kind == b"PLTE"), None)
+    except (ValueError, struct.error):
+        return None
+
+
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yield kind and contents of the chunks up to the end mark. Raises ValueError or struct.error if one is not intact."""
     if not data.startswith(_PNG):

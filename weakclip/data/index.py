@@ -15,14 +15,15 @@ from typing import Any, TypeVar
 from weakclip import labels
 from weakclip.config import ConfigError, DataConfig
 from weakclip.data.cache import File
+from weakclip.data.names import LONGEST, key_of, names_a_file
 from weakclip.data.storage import LocalStorage, RemoteStorage, Storage, StorageError
 from weakclip.runtime.atomic import write_whole
 from weakclip.runtime.errors import UserError
 
 FORMAT = 1
 INDEX = "index.json"
-# A key becomes part of a member's name: up to the first dot, within the 100 bytes of a plain tar header.
-KEY = re.compile(r"(?:(?![./\\])[ -~]){1,80}")
+# A key becomes part of a member's name, up to the first dot. Sets of earlier versions may hold % in keys.
+KEY = re.compile(rf"(?:(?![./\\])[ -~]){{1,{LONGEST}}}")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}\.tar")
 REPAIR = "run shards/verify.py on the set, then copy or build it again"
 
@@ -48,12 +49,34 @@ def is_count(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """The position of one sample: `length` bytes from byte `offset` of the file `shard` are its tar members."""
+    """The position of one sample: `length` bytes from byte `offset` of the file `shard` are its tar members.
+
+    original: the path of its image below the folder of images, without the suffix; None where it is the key.
+    """
 
     shard: str
     key: str
     offset: int
     length: int
+    original: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Path of the image below its folder, without the suffix. Masks are written under it."""
+        return self.original or self.key
+
+    @classmethod
+    def parse(cls, shard: str, row: Any, where: str) -> Entry:
+        """Return the entry in a row of index.json. Raises ShardError naming `where`."""
+        key, offset, length, *rest = row if isinstance(row, list) and len(row) in (3, 4) else (None, 0, 0)
+        named = not rest or (isinstance(rest[0], str) and names_a_file(rest[0]) and key_of(rest[0]) == key)
+        if not (isinstance(key, str) and KEY.fullmatch(key) and named):
+            raise ShardError(f"{where}: {row!r:.80} is not [key, offset, length] or [key, offset, length, name]; {REPAIR}")
+        return cls(shard, key, offset, length, *rest)
+
+    def as_row(self) -> list[Any]:
+        """Return the entry as it is written in index.json."""
+        return [self.key, self.offset, self.length, *([] if self.original is None else [self.original])]
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,7 @@ class Shard(File):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the shard as it is written in index.json."""
-        rows = [[entry.key, entry.offset, entry.length] for entry in self.samples]
+        rows = [entry.as_row() for entry in self.samples]
         return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256, "samples": rows}
 
 
@@ -168,12 +191,11 @@ def parse_shard(raw: Any, file: str) -> Shard:
         raise ShardError(f"{where}: not a shard's name, or not a SHA-256; {REPAIR}")
     entries, end = [], 0
     for row in json_field(raw, "samples", list, where):
-        if not (isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and KEY.fullmatch(row[0])):
-            raise ShardError(f"{where}: {row!r:.80} is not [key, offset, length]; {REPAIR}")
-        key, offset, length = row
+        entry = Entry.parse(name, row, where)
+        offset, length = entry.offset, entry.length
         if not (is_count(offset) and is_count(length) and end <= offset < offset + length <= size):
-            raise ShardError(f"{where}: {key}: bytes {offset!r:.20} + {length!r:.20} do not fit into its {size}; {REPAIR}")
-        entries.append(Entry(name, key, offset, length))
+            raise ShardError(f"{where}: {entry.key}: bytes {offset!r:.20} + {length!r:.20} do not fit into its {size}; {REPAIR}")
+        entries.append(entry)
         end = offset + length
     return Shard(name, size, sha256, tuple(entries))
 

@@ -8,19 +8,24 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from weakclip.data.codecs import decode_jpeg, decode_mask_png
 from weakclip.data.index import KEY, REPAIR, Entry, ShardError, is_count, json_field
+from weakclip.data.names import key_of, names_a_file
+from weakclip.data.orientation import turn, turned_size
 from weakclip.labels import IGNORE
 
-_PARTS = {"jpg", "png", "json", "cam.npz", "seed.png", "mask.png"}
+IMAGES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+"""Extension of a sample's image -> its format, as Pillow calls it."""
+
+_PARTS = {*IMAGES, "json", "cam.npz", "seed.png", "mask.png"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +78,16 @@ class Cam:
 
 @dataclass
 class Sample:
-    """What a shard holds for one image. `image` is the image file's unchanged bytes; `seed` and `mask` are 8-bit PNGs."""
+    """What a shard holds for one image. `image` is the image file's unchanged bytes; `seed` and `mask` are 8-bit PNGs.
 
-    key: str
+    name: path of the image below its folder, without the suffix (weakclip.data.names). image_ext: one of IMAGES.
+    height, width: of the image as it is used, which other parts have too. orientation: EXIF orientation by which the stored
+    pixels are turned when they are decoded; 1: they are used as they are stored.
+    """
+
+    name: str
     image: bytes
-    image_ext: str  # "jpg" or "png"
+    image_ext: str
     classes: tuple[int, ...]
     height: int
     width: int
@@ -85,11 +95,24 @@ class Sample:
     cam: Cam | None = None
     seed: bytes | None = None
     mask: bytes | None = None
+    orientation: int = 1
+
+    @property
+    def key(self) -> str:
+        """The sample's key in the shard set."""
+        return key_of(self.name)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """H, W of the image as it is used."""
+        return self.height, self.width
 
     def encode(self) -> dict[str, bytes]:
         """Return the sample's members: extension -> bytes."""
         about: dict[str, Any] = {"id": self.key, "height": self.height, "width": self.width}
         about |= {"classes": self.classes, "source": self.source}
+        about |= {"name": self.name} if self.name != self.key else {}
+        about |= {"orientation": self.orientation} if self.orientation != 1 else {}
         parts = {
             self.image_ext: self.image,
             "json": json.dumps(about).encode(),
@@ -117,11 +140,11 @@ class PackedSample:
 class DecodedSample:
     """A sample as checked arrays.
 
-    image: uint8 H x W x 3, RGB. classes: indices 1..K-1 of the classes present, ascending. cam: its maps or None.
-    seed, mask: uint8 H x W with values 0..K-1 and 255 (ignored), or None.
+    name: path of the image below its folder, without the suffix. image: uint8 H x W x 3, RGB. classes: indices 1..K-1 of the
+    classes present, ascending. cam: its maps or None. seed, mask: uint8 H x W with values 0..K-1 and 255 (ignored), or None.
     """
 
-    key: str
+    name: str
     image: np.ndarray
     classes: tuple[int, ...]
     cam: Cam | None
@@ -134,24 +157,46 @@ class DecodedSample:
         return self.image.shape[0], self.image.shape[1]
 
 
+class About(NamedTuple):
+    """What a sample's KEY.json says."""
+
+    size: tuple[int, int]
+    """H, W of the image as it is used."""
+    classes: tuple[int, ...]
+    """Indices 1..K-1 of the classes present, ascending."""
+    name: str
+    """Path of the image below its folder, without the suffix."""
+    orientation: int
+    """EXIF orientation by which the stored pixels are turned; 1: they are used as they are stored."""
+
+
 @dataclass(frozen=True, eq=False)
 class OpenSample:
     """A sample as training reads it: like a DecodedSample, but with the image not decoded yet.
 
-    size: H, W of the image. cam: None also where there is a seed.
+    cam: None also where there is a seed.
     """
 
     entry: Entry
-    size: tuple[int, int]
-    classes: tuple[int, ...]
+    about: About
     cam: Cam | None
     seed: np.ndarray | None
     parts: dict[str, bytes]
 
     @property
-    def key(self) -> str:
-        """The sample's key in the shard set."""
-        return self.entry.key
+    def name(self) -> str:
+        """Path of the image below its folder, without the suffix."""
+        return self.entry.name
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """H, W of the image."""
+        return self.about.size
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Indices of the classes present, ascending."""
+        return self.about.classes
 
     @property
     def image(self) -> np.ndarray:
@@ -164,7 +209,7 @@ class OpenSample:
         A reduced image is at least H, W = `least`. Raises ShardError when the image is damaged.
         """
         with _naming(self.entry):
-            return _decode_picture(self.parts, self.size, least)
+            return _decode_picture(self.parts, self.about, least)
 
 
 def decode_sample(parts: dict[str, bytes], entry: Entry, num_classes: int) -> DecodedSample:
@@ -183,10 +228,10 @@ def open_sample(parts: dict[str, bytes], entry: Entry, num_classes: int) -> Open
     Raises ShardError as `decode_sample` does, but a damaged image is noticed only when it is decoded.
     """
     with _naming(entry):
-        size_HW, classes = _decode_about(parts, entry.key, num_classes)
-        seed_HW = decode_mask(parts.get("seed.png"), "seed.png", size_HW, num_classes)
-        cam = _decode_cam(parts, size_HW, classes) if seed_HW is None else None
-        return OpenSample(entry, size_HW, classes, cam, seed_HW, parts)
+        about = _decode_about(parts, entry.key, num_classes)
+        seed_HW = decode_mask(parts.get("seed.png"), "seed.png", about.size, num_classes)
+        cam = _decode_cam(parts, about) if seed_HW is None else None
+        return OpenSample(entry, about, cam, seed_HW, parts)
 
 
 @contextmanager
@@ -197,25 +242,26 @@ def _naming(entry: Entry) -> Iterator[None]:
         raise ShardError(f"{entry.shard}: {entry.key}: {error}; {REPAIR}") from None
 
 
-def check_parts(parts: dict[str, bytes], key: str, num_classes: int) -> None:
-    """Raise ShardError as `decode_sample` does when these are not a sample's parts, or when `key` cannot name tar members."""
+def check_parts(parts: dict[str, bytes], key: str, num_classes: int) -> DecodedSample:
+    """Return the sample that these parts are. Raises ShardError as `decode_sample` does when they are not a sample's, or when
+    `key` cannot name tar members."""
     if not KEY.fullmatch(key):
         raise ShardError("a key is 1 to 80 printable ASCII characters other than . / \\; rename the image")
-    _decode(parts, key, num_classes)
+    return _decode(parts, key, num_classes)
 
 
 def _decode(parts: dict[str, bytes], key: str, num_classes: int) -> DecodedSample:
-    size_HW, classes = _decode_about(parts, key, num_classes)
-    image_HW3, cam = _decode_picture(parts, size_HW), _decode_cam(parts, size_HW, classes)
-    masks = [decode_mask(parts.get(name), name, size_HW, num_classes) for name in ("seed.png", "mask.png")]
-    return DecodedSample(key, image_HW3, classes, cam, *masks)
+    about = _decode_about(parts, key, num_classes)
+    image_HW3, cam = _decode_picture(parts, about), _decode_cam(parts, about)
+    masks = [decode_mask(parts.get(name), name, about.size, num_classes) for name in ("seed.png", "mask.png")]
+    return DecodedSample(about.name, image_HW3, about.classes, cam, *masks)
 
 
-def _decode_about(parts: dict[str, bytes], key: str, num_classes: int) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Return image size (H, W) and present classes from a sample's KEY.json, after checking that its parts are complete."""
+def _decode_about(parts: dict[str, bytes], key: str, num_classes: int) -> About:
+    """Return what a sample's KEY.json says, after checking that its parts are complete."""
     if unknown := parts.keys() - _PARTS:
         raise ShardError(f"unknown part {min(unknown)!r}")
-    if len(parts.keys() & {"jpg", "png"}) != 1 or "json" not in parts:
+    if len(parts.keys() & IMAGES.keys()) != 1 or "json" not in parts:
         raise ShardError(f"needs one image and one json, has {', '.join(sorted(parts)) or 'nothing'}")
     try:
         about = json.loads(parts["json"])
@@ -227,31 +273,39 @@ def _decode_about(parts: dict[str, bytes], key: str, num_classes: int) -> tuple[
     classes = json_field(about, "classes", list, "its json")
     if not all(is_count(c) and 1 <= c < num_classes for c in classes) or classes != sorted(set(classes)):
         raise ShardError(f"classes {classes!r:.80} are not ascending indices within 1..{num_classes - 1}")
-    return (json_field(about, "height", int, "its json"), json_field(about, "width", int, "its json")), tuple(classes)
+    size_HW = json_field(about, "height", int, "its json"), json_field(about, "width", int, "its json")
+    name, orientation = about.get("name", key), about.get("orientation", 1)
+    if "name" in about and not (isinstance(name, str) and names_a_file(name) and key_of(name) == key):
+        raise ShardError(f"its json has the name {name!r:.80}, whose key would be another")
+    if type(orientation) is not int or not 1 <= orientation <= 8:
+        raise ShardError(f"its json has the orientation {orientation!r:.40}, not 1 to 8")
+    return About(size_HW, tuple(classes), name, orientation)
 
 
-def _decode_cam(parts: dict[str, bytes], size_HW: tuple[int, int], classes: Sequence[int]) -> Cam | None:
+def _decode_cam(parts: dict[str, bytes], about: About) -> Cam | None:
     cam = Cam.decode(parts["cam.npz"]) if "cam.npz" in parts else None
-    if cam and (unlabelled := set(cam.classes) - set(classes)):
-        raise ShardError(f"CAM of class {min(unlabelled)}, which is not among the image's labels {list(classes)}")
-    if cam and not cam.fits(*size_HW):
-        raise ShardError(f"CAM of {cam.maps_nhw.shape[1:]} at scale {cam.scale:.3f} does not fit an image of {size_HW}")
+    if cam and (unlabelled := set(cam.classes) - set(about.classes)):
+        raise ShardError(f"CAM of class {min(unlabelled)}, which is not among the image's labels {list(about.classes)}")
+    if cam and not cam.fits(*about.size):
+        raise ShardError(f"CAM of {cam.maps_nhw.shape[1:]} at scale {cam.scale:.3f} does not fit an image of {about.size}")
     return cam
 
 
-def _decode_picture(parts: dict[str, bytes], size_HW: tuple[int, int], least_HW: tuple[int, int] | None = None) -> np.ndarray:
-    """Return the image, uint8 H x W x 3; a JPEG may be reduced as in OpenSample.decode_picture."""
-    (extension,) = parts.keys() & {"jpg", "png"}
-    if extension == "jpg" and (image_HW3 := decode_jpeg(parts["jpg"], size_HW, least_HW or size_HW)) is not None:
-        return image_HW3
-    with _open_image(parts[extension], extension, size_HW) as image:
-        return _to_rgb(image)
+def _decode_picture(parts: dict[str, bytes], about: About, least: tuple[int, int] | None = None) -> np.ndarray:
+    """Return the image, uint8 H x W x 3, turned by its orientation; a JPEG may be reduced as in OpenSample.decode_picture."""
+    (extension,) = parts.keys() & IMAGES.keys()
+    stored_HW, least_HW = (turned_size(size, about.orientation) for size in (about.size, least or about.size))
+    image_HW3 = decode_jpeg(parts["jpg"], stored_HW, least_HW) if extension == "jpg" else None
+    if image_HW3 is None:
+        with _open_image(parts[extension], extension, stored_HW) as image:
+            image_HW3 = _to_rgb(image)
+    return image_HW3 if about.orientation == 1 else turn(image_HW3, about.orientation)
 
 
 def _open_image(data: bytes, what: str, size_HW: tuple[int, int]) -> Image.Image:
-    """Return the loaded image, which must have the size (H, W). what: its extension, for the decoder and messages."""
+    """Return the loaded image, which must have the size (H, W). what: its part, for the decoder and messages."""
     try:
-        image = Image.open(io.BytesIO(data), formats=["JPEG" if what == "jpg" else "PNG"])
+        image = Image.open(io.BytesIO(data), formats=[IMAGES[what.rpartition(".")[2]]])
         if image.size == size_HW[::-1]:  # checked first: a damaged header may claim gigabytes
             image.load()
             return image
@@ -261,7 +315,7 @@ def _open_image(data: bytes, what: str, size_HW: tuple[int, int]) -> Image.Image
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """Return the image as uint8 H x W x 3. EXIF rotation is ignored: CAMs and masks follow the stored pixels."""
+    """Return the image as uint8 H x W x 3, as it is stored."""
     if image.mode.startswith("I"):  # 16-bit grey; convert() would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:

@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weakclip.config import CAM_KEYS, BuildConfig, Config, ConfigError
+from weakclip.config import CAM_KEYS, EXIF, BuildConfig, Config, ConfigError
 from weakclip.data.index import ShardError, select_numbers
 from weakclip.datasets import writing
 from weakclip.datasets.coco import own_classes
-from weakclip.datasets.items import Item, labelled, load_item, version, with_cams
+from weakclip.datasets.items import Item, labelled, version, with_cams
+from weakclip.datasets.loading import load_item
+from weakclip.datasets.upright import turned_upright
 from weakclip.datasets.writing import Build
 from weakclip.labels import COCO, class_map, class_names
 from weakclip.registry import DATA_SETS, load
@@ -39,6 +41,9 @@ def plan(build: BuildConfig, out: Path, classes: str) -> Build[Item]:
 
     Raises UserError or OSError naming what is missing or inconsistent in the data set.
     """
+    for name in PATHS:
+        if (path := getattr(build, name)) is not None and not Path(path).exists():
+            raise ConfigError(f"{_option(name)} (data.build.{name}): {path} does not exist")
     data_set = DATA_SETS[str(build.source)]
     target = class_names(classes)
     own, found = load(data_set.items)(build, target)
@@ -51,8 +56,11 @@ def plan(build: BuildConfig, out: Path, classes: str) -> Build[Item]:
         _log.info("left out %d of %d images: they have no label of the %d classes", unlabelled, len(found), len(target) - 1)
     if build.cams:
         items = with_cams(items, Path(build.cams))
+    if build.exif == "upright":
+        items = turned_upright(items, build.cam_keys)
     read = partial(load_item, class_map=to_target, cam_keys=build.cam_keys)
-    return Build(items, read, out.resolve(), target, build.samples_per_shard, provenance(build, classes), version)
+    about = provenance(build, classes)
+    return Build(items, read, out.resolve(), target, build.samples_per_shard, about, version, build.strict)
 
 
 def plan_of(config: Config) -> Build[Item]:
@@ -88,6 +96,9 @@ def provenance(build: BuildConfig, classes: str) -> dict[str, Any]:
     names = ("source", *DATA_SETS[str(build.source)].options, "cams", "cam_keys", "samples_per_shard")
     values = {name: getattr(build, name) for name in names}
     found = {name: str(Path(value).resolve()) if name in PATHS and value else value for name, value in values.items()}
+    found |= {} if build.exif == "stored" else {"exif": build.exif}
+    if not build.recursive:  # an option that earlier versions did not have
+        found.pop("recursive", None)
     if "mask_dir" in found:
         found["masks"] = found.pop("mask_dir")
     return {**found, "classes": classes}
@@ -98,15 +109,18 @@ def parse_args(arguments: Sequence[str]) -> tuple[BuildConfig, Path, str]:
     parser = Parser(prog="weakclip build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = parser.add_subparsers(dest="source", required=True)
     for source, data_set in DATA_SETS.items():
-        sub = sources.add_parser(source, help=data_set.description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = sources.add_parser(source, help=data_set.description, formatter_class=_Help)
         for name, help_text in data_set.options.items():
             _add_option(sub, name, help_text, required=name in data_set.required)
         own = f", or {FROM_ANNOTATIONS}, which writes OUT.names.txt" if source == "coco" else ""
         sub.add_argument("--classes", default=data_set.classes, required=data_set.classes is None,
                          help=f"class list of the new set: voc, coco or a file of names, background first{own}")  # fmt: skip
-        sub.add_argument("--cams", help="directory of KEY.npy, KEY.npz (CAMs) or KEY.png (seeds)")
+        sub.add_argument("--cams", help="directory of NAME.npy, NAME.npz (CAMs) or NAME.png (seeds)")
         sub.add_argument("--cam-keys", choices=CAM_KEYS if source == "coco" else CAM_KEYS[:2], default="foreground0",
                          help="keys in the CAM files: foreground classes from 0, class indices, or COCO's ids")  # fmt: skip
+        sub.add_argument("--exif", choices=EXIF, default="stored",
+                         help="use images with an EXIF orientation as stored, or turn them, their masks and CAMs")  # fmt: skip
+        sub.add_argument("--strict", action="store_true", help="labels, CAMs and masks that disagree are an error")
         sub.add_argument("--out", type=Path, required=True, help="directory to create")
         sub.add_argument("--samples-per-shard", type=int, default=256, help="images per shard")
         sub.add_argument("--processes", type=int, default=4, help="worker processes, each of which writes whole shards")
@@ -115,13 +129,26 @@ def parse_args(arguments: Sequence[str]) -> tuple[BuildConfig, Path, str]:
     return BuildConfig(**options), out, classes
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows the defaults there are, and which options are required."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required:
+            return f"{action.help} (required)"
+        return super()._get_help_string(action) if action.default else action.help
+
+
+def _option(name: str) -> str:
+    """Return the command-line option of a field of BuildConfig."""
+    return "--masks" if name == "mask_dir" else f"--{name.replace('_', '-')}"
+
+
 def _add_option(parser: argparse.ArgumentParser, name: str, help_text: str, required: bool) -> None:
     (kind,) = (item.type for item in fields(BuildConfig) if item.name == name)
-    option = "--masks" if name == "mask_dir" else f"--{name.replace('_', '-')}"
     if kind == "bool":
-        parser.add_argument(option, action="store_true", help=help_text)
+        parser.add_argument(_option(name), action="store_true", help=help_text)
     else:
-        parser.add_argument(option, dest=name, metavar="PATH", required=required, help=help_text)
+        parser.add_argument(_option(name), dest=name, metavar="PATH", required=required, help=help_text)
 
 
 def write_classes(annotations: Path, out: Path) -> Path:

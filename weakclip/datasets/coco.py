@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +21,22 @@ from pycocotools import mask as rle
 from weakclip.config import BuildConfig
 from weakclip.data.codecs import encode_mask_png
 from weakclip.data.index import ShardError
-from weakclip.datasets.items import Item, Listing, check_files
+from weakclip.data.names import composed
+from weakclip.datasets.files import check_listed, find_images, name_of
+from weakclip.datasets.items import Item, Listing
 from weakclip.labels import COCO, find_class
+
+_log = logging.getLogger(__name__)
 
 
 def items(build: BuildConfig, target: Sequence[str]) -> Listing:
     """List the images that `build` describes; `target` is the class list of the new set."""
-    return coco_items(Path(str(build.images)), Path(str(build.annotations)), target, build.masks)
+    found = coco_items(Path(str(build.images)), Path(str(build.annotations)), target, build.masks)
+    beyond = [item.name for item in found.items if isinstance(item.mask, Instances) and item.mask.reaches_beyond()]
+    if beyond and build.exif == "stored":
+        hint = "if they were drawn on photos that EXIF turns, build with --exif upright"
+        _log.warning("%d images have polygons beyond their size, such as %s; %s", len(beyond), beyond[0], hint)
+    return found
 
 
 def coco_items(images: Path, annotations: Path, target: Sequence[str], with_masks: bool = False) -> Listing:
@@ -37,17 +47,20 @@ def coco_items(images: Path, annotations: Path, target: Sequence[str], with_mask
     files in `images` are not those it lists.
     """
     found = read_instances(annotations)
-    check_files(images, [image["file_name"] for image in found.images], annotations)
+    names = [composed(image["file_name"]) for image in found.images]
+    present = find_images(images, recursive=any("/" in name for name in names))
+    check_listed(present, names, images, annotations)
     own = COCO if all(find_class(name, COCO) for name in found.annotated) else tuple(target)
     used = {category: name for category, name in found.categories.items() if name in found.annotated}
     index_of = {category: _index(name, own, annotations) for category, name in used.items()}
     listed = []
     for image in sorted(found.images, key=operator.itemgetter("id")):
-        key, size_HW = Path(image["file_name"]).stem, (image["height"], image["width"])
+        path, size_HW = present[composed(image["file_name"])], (image["height"], image["width"])
         segments = tuple((index_of[category], drawn) for category, drawn in found.segments[image["id"]])
         classes = tuple(sorted({index for index, _ in segments}))
-        mask = Instances(key, size_HW, segments) if with_masks else None
-        listed.append(Item(key, images / image["file_name"], classes, mask=mask, size_HW=size_HW))
+        name = name_of(path, images)
+        mask = Instances(name, size_HW, segments) if with_masks else None
+        listed.append(Item(name, path, classes, mask=mask, size_HW=size_HW))
     return Listing(own, listed)
 
 
@@ -125,21 +138,31 @@ def _typed(rows: Iterable[Any], kinds: Mapping[str, type]) -> list[dict[str, Any
 class Instances:
     """The instances annotated in one image, (class, COCO segmentation) pairs; `read_bytes` draws them as a mask."""
 
-    key: str
+    name: str
     size_HW: tuple[int, int]
     segments: tuple[tuple[int, Any], ...]
 
     def read_bytes(self) -> bytes:
-        """Return a PNG of class indices. Raises ShardError naming the key when a segmentation cannot be drawn."""
-        return encode_mask_png(_rasterise(self.segments, *self.size_HW, self.key))
+        """Return a PNG of class indices. Raises ShardError naming the image when a segmentation cannot be drawn."""
+        return encode_mask_png(_rasterise(self.segments, *self.size_HW, self.name))
+
+    def reaches_beyond(self) -> bool:
+        """Return whether a polygon reaches more than two pixels beyond the right or lower edge."""
+        polygons = [corners for _, drawn in self.segments if isinstance(drawn, list) for corners in drawn]
+        lists = [corners for corners in polygons if isinstance(corners, list) and corners]
+        H, W = self.size_HW
+        try:
+            return any(max(corners[::2]) > W + 2 or max(corners[1::2], default=0) > H + 2 for corners in lists)
+        except TypeError:  # not numbers: reported when it is drawn
+            return False
 
 
-def _rasterise(segments: Iterable[tuple[int, Any]], height: int, width: int, key: str) -> np.ndarray:
+def _rasterise(segments: Iterable[tuple[int, Any]], height: int, width: int, name: str) -> np.ndarray:
     """Return the class mask, uint8 H x W. Where instances overlap, the one with the fewest pixels wins."""
     try:
         masks = [(segment_mask(segmentation, height, width), index) for index, segmentation in segments]
     except Exception as error:  # the file may hold anything in place of a segmentation
-        raise ShardError(f"{key}: a segmentation is neither polygons nor RLE of this image ({error})") from None
+        raise ShardError(f"{name}: a segmentation is neither polygons nor RLE of this image ({error})") from None
     mask_HW = np.zeros((height, width), np.uint8)
     for inside_HW, index in sorted(masks, key=lambda pair: -int(pair[0].sum())):
         mask_HW[inside_HW] = index

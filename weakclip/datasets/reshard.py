@@ -25,18 +25,19 @@ from weakclip.data.sample import PackedSample
 from weakclip.datasets.foreign_tars import ForeignSample, load_foreign, scan, tar_files
 from weakclip.datasets.writing import build_shards
 from weakclip.labels import class_names
+from weakclip.masks.mask_folder import mask_path
 from weakclip.runtime.command_line import Parser, run
 from weakclip.runtime.errors import UserError
 from weakclip.runtime.workers import map_in_processes
 
 
 def load_stored(stored: tuple[Index, Entry], seeds: Path | None = None) -> PackedSample:
-    """Read a sample of a shard set. seeds: a folder whose KEY.png becomes the sample's seed mask."""
+    """Read a sample of a shard set. seeds: a folder whose NAME.png becomes the sample's seed mask."""
     index, entry = stored
     parts = read_entry(index, entry)
     if seeds is None:
         return PackedSample(entry.key, parts, f"{index.storage}/{entry.shard}")
-    seed = seeds / f"{entry.key}.png"
+    seed = mask_path(seeds, entry.name)
     return PackedSample(entry.key, parts | {"seed.png": seed.read_bytes()}, str(seed))
 
 
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
     parser.add_argument("--samples-per-shard", type=int, default=256, help="images per shard")
     parser.add_argument("--classes", help="class list of tars of another origin: voc, coco or a file of names")
-    parser.add_argument("--seeds", type=Path, metavar="DIR", help="folder of KEY.png, such as RUN/pseudo, for seed masks")
+    parser.add_argument("--seeds", type=Path, metavar="DIR", help="folder of NAME.png, such as RUN/pseudo, for seed masks")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="shards written at a time")
     options = parser.parse_args(arguments)
     index = reshard(**vars(options))

@@ -31,7 +31,7 @@ def row(sample: DecodedSample, seeds: SeedConfig) -> visualize.Row:
         found.append(visualize.colour_mask(seed_mask(sample, seeds)))
     if sample.mask is not None:
         found.append(visualize.colour_mask(sample.mask))
-    return visualize.Row(sample.key, sample.classes, found)
+    return visualize.Row(sample.name, sample.classes, found)
 
 
 def add_seed_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], SeedConfig]:

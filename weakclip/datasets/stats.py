@@ -18,8 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from weakclip.config import SeedConfig
-from weakclip.data.index import Index, ShardError
-from weakclip.data.reading import load
+from weakclip.data.index import Entry, Index, ShardError
+from weakclip.data.reading import read_and_decode
+from weakclip.data.sample import DecodedSample, decode_sample
+from weakclip.datasets.findings import Findings
 from weakclip.datasets.show import add_seed_options
 from weakclip.labels import IGNORE
 from weakclip.masks.seeds import seed_mask
@@ -49,11 +51,21 @@ class ShardStats(NamedTuple):
     """Shares of an image's pixels that its seed assigns to the background, and that it ignores."""
 
 
-def count(index: Index, seeds: SeedConfig) -> ShardStats:
-    """Count what the samples of `index` hold; the seed is the one that training with `seeds` uses."""
-    sizes, parts, labels, covered = [], [], [], []
+def _load(index: Index, entry: Entry) -> tuple[DecodedSample, dict[str, bytes]]:
+    """Return a sample and its members."""
+
+    def decode(parts: dict[str, bytes]) -> tuple[DecodedSample, dict[str, bytes]]:
+        return decode_sample(parts, entry, len(index.classes)), parts
+
+    return read_and_decode(index, entry, decode)
+
+
+def count(index: Index, seeds: SeedConfig) -> tuple[ShardStats, Findings]:
+    """Count what the samples of `index` hold, and what disagrees; the seed is the one that training with `seeds` uses."""
+    sizes, parts, labels, covered, findings = [], [], [], [], Findings()
     for entry in index.entries:
-        sample = load(index, entry)
+        sample, members = _load(index, entry)
+        findings.add(sample, members, index.classes)
         sizes.append(sample.image.shape[:2])
         parts.append((bool(sample.classes), sample.cam is not None, sample.seed is not None, sample.mask is not None))
         shares = np.full(256, np.nan)
@@ -65,16 +77,18 @@ def count(index: Index, seeds: SeedConfig) -> ShardStats:
         labels += [(number, number in mapped, shares[number]) for number in sample.classes]
     classes_M, maps_M, covered_M = np.array(labels, float).reshape(-1, 3).T
     parts_N4, seeds_S2 = np.array(parts, bool).reshape(-1, 4), np.array(covered, float).reshape(-1, 2)
-    return ShardStats(np.array(sizes, int).reshape(-1, 2), parts_N4, classes_M.astype(int), maps_M, covered_M, seeds_S2)
+    counted = ShardStats(np.array(sizes, int).reshape(-1, 2), parts_N4, classes_M.astype(int), maps_M, covered_M, seeds_S2)
+    return counted, findings
 
 
 def stats(index: Index, processes: int, seeds: SeedConfig) -> dict[str, Any]:
     """Return all figures of a set; shares are in 0..1, and None where there was nothing to count."""
-    found = []
+    found, findings = [], Findings()
     alone = [replace(index, shards=(shard,)) for shard in index.shards]  # all that a worker process needs of the index
     with tqdm(total=len(index.entries), unit=" images", desc="stats") as bar:
-        for counts in map_in_processes(partial(count, seeds=seeds), processes, alone):
+        for counts, disagreeing in map_in_processes(partial(count, seeds=seeds), processes, alone):
             found.append(counts)
+            findings.merge(disagreeing)
             bar.update(len(counts.sizes_N2))
     if not index.entries:
         raise ShardError(f"{index.storage}: holds no sample")
@@ -92,6 +106,7 @@ def stats(index: Index, processes: int, seeds: SeedConfig) -> dict[str, Any]:
         "having": dict(zip(PARTS, whole.parts_N4.sum(0).tolist(), strict=True)),
         "thresholds": {"background": seeds.background, "foreground": seeds.foreground, "crf": seeds.crf is not None},
         "seeds": {"background": background, "ignored": ignored},
+        "disagreements": findings.disagreements(),
         "classes": [_class_stats(whole, number, name) for number, name in enumerate(index.classes) if number],
     }
 
@@ -154,11 +169,14 @@ def main(arguments: Sequence[str]) -> None:
     seeds_of = add_seed_options(parser)
     parser.add_argument("--json", type=Path, help="file to write the figures to as well")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="shards read at a time")
+    parser.add_argument("--strict", action="store_true", help="labels, CAMs, seeds and masks that disagree are an error")
     options = parser.parse_args(arguments)
     found = stats(Index.load(options.directory), options.processes, seeds_of(options))
-    print("\n\n".join(map(str, tables(found))))
+    print("\n\n".join([*map(str, tables(found)), *found["disagreements"]]))
     if options.json:
         write_whole(options.json, json.dumps(found, indent=1) + "\n")
+    if options.strict and found["disagreements"]:
+        raise ShardError(f"--strict: {found['disagreements'][0]}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from weakclip.config import BuildConfig
 from weakclip.data.index import ShardError
 from weakclip.datasets.cam_files import read_dict
 from weakclip.datasets.items import Item, Listing
-from weakclip.labels import VOC
+from weakclip.labels import VOC, read_text
 
-MASKS = ("SegmentationClass", "SegmentationClassAug")
-"""Folders of masks: VOC's own, then those that trainaug takes from SBD."""
+MASKS = ("SegmentationClass/{}.png", "SegmentationClassAug/{}.png", "SegmentationClassAug/{}.mat", "cls/{}.mat")
+"""Files of masks below the devkit: VOC's own, then those that trainaug takes from SBD, which are .mat files as published."""
+
+_log = logging.getLogger(__name__)
 
 
 def items(build: BuildConfig, _target: Sequence[str]) -> Listing:
@@ -49,22 +52,26 @@ def voc_items(devkit: Path, split: str, labels: Path | None = None, with_masks: 
 
 
 def _read_split(devkit: Path, split: str) -> list[str]:
-    """Read the names in a list: the first word of each line, which some repositories write as /JPEGImages/NAME.jpg."""
+    """Read the names in a list: the first word of each line, which some repositories write as /JPEGImages/NAME.jpg.
+
+    In a list of ImageSets/Main a second word says whether the image has the class: 1, only as a difficult object 0, or not, -1.
+    """
     own = devkit / "ImageSets" / "Segmentation" / f"{split}.txt"
     file = own if own.is_file() else Path(split)
     if not file.is_file():
         raise ShardError(f"{own}: no such split, and {split!r} is not a file; --split is a name in that directory or a list file")
-    try:
-        lines = file.read_text().splitlines()
-    except ValueError as error:
-        raise ShardError(f"{file}: not a list of names ({error})") from None
-    return [Path(line.split()[0]).stem for line in lines if line.strip()]
+    rows = [line.split() for line in read_text(file, ShardError).splitlines() if line.strip()]
+    kept = [row for row in rows if row[1:] != ["-1"]]
+    if len(kept) < len(rows):
+        _log.info("%s: %d of %d rows are marked -1 and left out", file, len(rows) - len(kept), len(rows))
+    return [Path(row[0]).stem for row in kept]
 
 
 def _find_mask(devkit: Path, key: str) -> Path:
-    found = next((file for folder in MASKS if (file := devkit / folder / f"{key}.png").is_file()), None)
+    places = [place.format(key) for place in MASKS]
+    found = next((file for place in places if (file := devkit / place).is_file()), None)
     if found is None:
-        raise ShardError(f"{devkit / MASKS[0] / key}.png: no such mask, nor in {MASKS[1]}; add it, or leave --masks out")
+        raise ShardError(f"{devkit / places[0]}: no such mask, nor {', '.join(places[1:])}; add it, or leave --masks out")
     return found
 
 

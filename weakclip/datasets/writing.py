@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -25,11 +26,14 @@ from weakclip.config import ConfigError
 from weakclip.data.index import INDEX, Entry, Index, Shard, ShardError, parse_shard, sha256
 from weakclip.data.sample import PackedSample, Sample, check_parts
 from weakclip.data.storage import Storage
+from weakclip.datasets.findings import Findings
 from weakclip.runtime.atomic import whole, write_whole
 from weakclip.runtime.workers import map_in_processes
 
 BUILD = "build.json"
 """File in a set that a recipe made, and in OUT.partial, with `Build.provenance` and the number of shards."""
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Apply = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -41,8 +45,9 @@ class Build(Generic[T]):
     """A shard set to make at `out`: the samples that `load` makes of `items`.
 
     provenance: what decides the samples beside the items, for JSON. version: item -> a string that changes when one of its
-    files does. samples_per_shard: of all shards but the last, or one number for each shard. The bytes depend on the samples and
-    `samples_per_shard`, not on processes and jobs. With more than one process `items` and `load` must be picklable. Raises
+    files does. samples_per_shard: of all shards but the last, or one number for each shard. strict: what otherwise is a warning
+    at the end, parts of a sample that disagree, is an error. The bytes depend on the samples and `samples_per_shard`, not on
+    processes and jobs. With more than one process `items` and `load` must be picklable. Raises
     ShardError when there is nothing to write.
     """
 
@@ -53,6 +58,7 @@ class Build(Generic[T]):
     samples_per_shard: int | Sequence[int] = 256
     provenance: Mapping[str, Any] = field(default_factory=dict)
     version: Callable[[T], str] = str
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.samples_per_shard, int) and self.samples_per_shard < 1:
@@ -71,7 +77,7 @@ class Build(Generic[T]):
 
         apply: calls `load` for the items of a shard and yields its results in their order, such as `map`, or one with threads.
         The job that writes the last one completes the set and returns its index; while shards are missing, None is returned.
-        Raises ShardError naming the key when a sample fails a check, and when `out` or OUT.partial holds something else. Errors
+        Raises ShardError naming the image when a sample fails a check, and when `out` or OUT.partial holds something else. Errors
         of `load` pass through.
         """
         if processes < 1:
@@ -85,11 +91,10 @@ class Build(Generic[T]):
                 paths = [work / f"{_name(number)}.tar" for number in missing]
                 # With worker processes, samples are counted when their shard is written.
                 load = self.load if processes > 1 else _counting(self.load, bar)
-                write = partial(_write_shard, load, apply, len(self.classes))
-                for number, shard in zip(
-                    missing, map_in_processes(write, processes, [*zip(paths, chunks, strict=True)]), strict=True
-                ):
-                    note = {"version": self._version(number), "shard": shard.as_dict()}
+                write = partial(_write_shard, load, apply, self.classes, self.strict)
+                made = map_in_processes(write, processes, [*zip(paths, chunks, strict=True)])
+                for number, (shard, findings) in zip(missing, made, strict=True):
+                    note = {"version": self._version(number), "shard": shard.as_dict(), "findings": findings.as_dict()}
                     write_whole(work / f"{_name(number)}.json", json.dumps(note) + "\n")
                     bar.update(len(shard.samples) if processes > 1 else 0)
         except BaseException:
@@ -127,6 +132,7 @@ class Build(Generic[T]):
             shards = tuple(shard for shard in found if shard is not None)
             if len(shards) < len(found):
                 return None
+            self._report(work)
             Index(Storage.of(work), tuple(self.classes), shards).save()
             index = Index.load(work)
             for number in range(self.shards):
@@ -135,6 +141,19 @@ class Build(Generic[T]):
                 (work / BUILD).unlink()
             work.rename(self.out)
         return replace(index, storage=Storage.of(self.out))
+
+    def _report(self, work: Path) -> None:
+        """Log what was found in the samples. Raises ShardError for disagreements if they are errors."""
+        findings = Findings()
+        for number in range(self.shards):
+            findings.merge(Findings.from_dict(json.loads((work / f"{_name(number)}.json").read_text())["findings"]))
+        disagreements = findings.disagreements()
+        if self.strict and disagreements:
+            raise ShardError(f"--strict: {disagreements[0]}")
+        for line in disagreements:
+            _log.warning("%s", line)
+        for line in findings.notes():
+            _log.info("%s", line)
 
 
 def build_shards(
@@ -236,20 +255,28 @@ def _counting(load: Callable[[T], Sample | PackedSample], bar: Any) -> Callable[
 
 
 def _write_shard(
-    load: Callable[[T], Sample | PackedSample], apply: Apply, num_classes: int, work: tuple[Path, Sequence[T]]
-) -> Shard:
+    load: Callable[[T], Sample | PackedSample],
+    apply: Apply,
+    classes: Sequence[str],
+    strict: bool,
+    work: tuple[Path, Sequence[T]],
+) -> tuple[Shard, Findings]:
     from webdataset.writer import TarWriter  # imports torch, which readers of shards do not need
 
-    (path, items), entries = work, []
+    (path, items), entries, findings = work, [], Findings()
     with whole(path) as unfinished:
         with open(unfinished, "xb") as file, TarWriter(file, user="root", group="root", mtime=0, encoder=False) as tar:
             for sample in apply(load, items):
                 parts = sample.encode()
                 try:
-                    check_parts(parts, sample.key, num_classes)
+                    checked = check_parts(parts, sample.key, len(classes))
+                    disagreements = findings.add(checked, parts, classes)
+                    if strict and disagreements:
+                        raise ShardError(f"--strict: {disagreements[0]}")
                 except ShardError as error:
                     raise ShardError(f"{sample.source}: {sample.key}: {error}") from None
                 start = tar.tarstream.offset
                 tar.write({"__key__": sample.key, **parts})
-                entries.append(Entry(path.name, sample.key, start, tar.tarstream.offset - start))
-        return Shard(path.name, unfinished.stat().st_size, sha256(unfinished), tuple(entries))
+                original = checked.name if checked.name != sample.key else None
+                entries.append(Entry(path.name, sample.key, start, tar.tarstream.offset - start, original))
+        return Shard(path.name, unfinished.stat().st_size, sha256(unfinished), tuple(entries)), findings

@@ -105,10 +105,10 @@ def mask_scores(config: Config, index: Index, folder: Path, row: str) -> dict[st
     pseudo.run(settings, str(index.root), weights.find(config.run_dir, "last"), refined)
     plain.mkdir(exist_ok=True)
     for entry in index.entries:
-        mask_folder.save(mask_folder.read_soft(refined, entry.key), plain / f"{entry.key}.png")
+        mask_folder.save(mask_folder.read_soft(refined, entry.name), mask_folder.mask_path(plain, entry.name))
 
     def miou(out: Path) -> float:
-        return 100 * score(_samples(config, index), lambda sample: mask_folder.read(out, sample.key), index.classes).miou
+        return 100 * score(_samples(config, index), lambda sample: mask_folder.read(out, sample.name), index.classes).miou
 
     return {row: miou(plain), f"{row}_crf": miou(refined)}
 
@@ -166,13 +166,13 @@ def draw(config: Config, index: Index, baselines: Baselines, made: Path, each: i
     rows = []
     for miou, number in chosen:
         sample = next(iter(StoredSamples(index, index.entries[number : number + 1], workers=0)))
-        refined = mask_folder.read(made.with_name(f"{made.name}_crf"), sample.key)
-        coloured = [baselines.refined(sample), mask_folder.read(made, sample.key), refined, truth(sample)]
+        refined = mask_folder.read(made.with_name(f"{made.name}_crf"), sample.name)
+        coloured = [baselines.refined(sample), mask_folder.read(made, sample.name), refined, truth(sample)]
         found = [sample.image, visualize.heat(sample.image, cam_maps(sample)), *map(visualize.colour_mask, coloured)]
-        rows.append(visualize.Row(f"{sample.key}  {miou:.0f} %", sample.classes, found))
+        rows.append(visualize.Row(f"{sample.name}  {miou:.0f} %", sample.classes, found))
     return visualize.sheet(rows, index.classes, ("image", "CAM", "CAM + CRF", "WeakCLIP", "WeakCLIP + CRF", "exact mask"))
 
 
 def _own_score(sample: DecodedSample, made: Path) -> float:
     """Return the mIoU (%) of one image's mask over the classes in its true or predicted mask."""
-    return 100 * count([sample], lambda sample: mask_folder.read(made, sample.key), len(labels.DEMO)).scores(labels.DEMO).miou
+    return 100 * count([sample], lambda sample: mask_folder.read(made, sample.name), len(labels.DEMO)).scores(labels.DEMO).miou

@@ -61,7 +61,7 @@ def _sample_counts(sample: DecodedSample, prediction_HW: np.ndarray, num_classes
 
 def truth(sample: DecodedSample) -> np.ndarray:
     if sample.mask is None:
-        raise ShardError(f"{sample.key}: no ground-truth mask in the shard; build the shards with --masks")
+        raise ShardError(f"{sample.name}: no ground-truth mask in the shard; build the shards with --masks")
     return sample.mask
 
 

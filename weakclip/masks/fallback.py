@@ -48,7 +48,7 @@ def likely_classes(predictor: sliding_window.Predictor, sample: DecodedSample, s
     }
     for way, rows in ways.items():
         if way != "as configured":
-            _log.warning("%s: out of memory with %d x %d pixels; trying again %s", sample.key, H, W, way)
+            _log.warning("%s: out of memory with %d x %d pixels; trying again %s", sample.name, H, W, way)
         try:
             return _occurring(rows(), sample, inference.restrict_to_labels)
         except (MemoryError, RuntimeError) as error:
@@ -56,7 +56,7 @@ def likely_classes(predictor: sliding_window.Predictor, sample: DecodedSample, s
                 raise
         if predictor.device.type == "cuda":
             torch.cuda.empty_cache()
-    raise ImageTooLargeError(f"{sample.key}: out of memory with {H} x {W} pixels, even {way}; make the image smaller")
+    raise ImageTooLargeError(f"{sample.name}: out of memory with {H} x {W} pixels, even {way}; make the image smaller")
 
 
 def _eager(predictor: sliding_window.Predictor) -> sliding_window.Predictor:
@@ -71,7 +71,7 @@ def _whole(predictor: sliding_window.Predictor, sample: DecodedSample, inference
 def _occurring(rows: Rows, sample: DecodedSample, restrict_to_labels: bool) -> Likely:
     """Return the likely classes. This takes two passes over the tiles, because a class that wins in any tile is needed in all."""
     allowed = np.array([0, *sample.classes]) if restrict_to_labels else None
-    found = [_winners(probs_Khw, allowed, sample.key) for row in rows() for probs_Khw in row]
+    found = [_winners(probs_Khw, allowed, sample.name) for row in rows() for probs_Khw in row]
     classes_n = np.unique(np.concatenate(found))
     wanted_n, top = torch.from_numpy(classes_n), 0
     probs_nHW = np.empty((len(classes_n), *sample.image.shape[:2]), np.float32)

@@ -49,7 +49,7 @@ def finish(work: Unfinished) -> Quality:
     sample, inference = work.sample, work.settings.inference
     mask_HW = mask_of(work.found, sample.image, inference.crf)
     if inference.soft:
-        mask_folder.save_soft(work.found.classes_n, work.found.probs_nHW, mask_folder.soft_path(work.folder, sample.key))
-    mask_folder.save(mask_HW, work.folder / f"{sample.key}.png")
+        mask_folder.save_soft(work.found.classes_n, work.found.probs_nHW, mask_folder.soft_path(work.folder, sample.name))
+    mask_folder.save(mask_HW, mask_folder.mask_path(work.folder, sample.name))
     seed_HW = None if sample.seed is None and sample.cam is None else seed_mask(sample, work.settings.seeds)
     return measure(mask_HW, work.found.probs_nHW, seed_HW, work.num_classes)

@@ -1,5 +1,8 @@
-"""A folder of masks: KEY.png, 8-bit palette PNGs of class indices, and about.json, which records how they were made. On request
-(`pseudo.soft`), KEY.npz holds the probabilities from which a mask was made."""
+"""A folder of masks: NAME.png, 8-bit palette PNGs of class indices, and about.json, which records how they were made. On request
+(`pseudo.soft`), NAME.npz holds the probabilities from which a mask was made.
+
+NAME is the path of the image below the folder that it came from, without the suffix (weakclip.data.names).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from weakclip import labels
 from weakclip.config import Config, ConfigError, InferenceConfig, SeedConfig
 from weakclip.data.codecs import encode_mask_png
 from weakclip.data.index import Entry, ShardError, sha256
-from weakclip.runtime.atomic import write_whole
+from weakclip.runtime.atomic import partial_prefix, write_whole
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,10 @@ def open_for_writing(folder: Path, settings: MaskSettings, weights: Path) -> Non
 
 def remove_unfinished(folder: Path, entries: Iterable[Entry]) -> None:
     """Remove half-written masks of `entries` that a killed task left. No other task makes masks of these entries."""
-    keys = {entry.key for entry in entries}
-    for path in folder.glob("*.partial"):
-        if path.name.partition(".")[0] in keys:
-            path.unlink(missing_ok=True)
+    own = {partial_prefix(path(folder, entry.name)) for path in (mask_path, soft_path) for entry in entries}
+    for partial in folder.rglob("*.partial"):
+        if partial.parent / partial.name.rpartition(".")[0].rpartition(".")[0] in own:
+            partial.unlink(missing_ok=True)
 
 
 def fingerprint(folder: Path) -> str:
@@ -91,36 +94,47 @@ def fingerprint(folder: Path) -> str:
 
 def missing(folder: Path, entries: Iterable[Entry], soft: bool = False) -> list[Entry]:
     """Return the entries that have no mask yet, or with `soft` no probabilities."""
-    made = {path.stem for path in folder.glob("*.png")}
-    made &= {path.stem for path in folder.glob("*.npz")} if soft else made
-    return [entry for entry in entries if entry.key not in made]
+    made = {str(path) for path in folder.rglob("*.png")}  # listing is faster than asking for each
+    made_soft = {str(path) for path in folder.rglob("*.npz")} if soft else set()
+
+    def is_missing(name: str) -> bool:
+        return str(mask_path(folder, name)) not in made or (soft and str(soft_path(folder, name)) not in made_soft)
+
+    return [entry for entry in entries if is_missing(entry.name)]
 
 
-def is_made(folder: Path, key: str, soft: bool = False) -> bool:
-    """Return whether the mask of `key` exists, and with `soft` its probabilities."""
-    return (folder / f"{key}.png").exists() and (not soft or soft_path(folder, key).exists())
+def is_made(folder: Path, name: str, soft: bool = False) -> bool:
+    """Return whether the mask of `name` exists, and with `soft` its probabilities."""
+    return mask_path(folder, name).exists() and (not soft or soft_path(folder, name).exists())
 
 
-def soft_path(folder: Path, key: str) -> Path:
-    """Return the path of the probabilities from which the mask of `key` was made."""
-    return folder / f"{key}.npz"
+def mask_path(folder: Path, name: str) -> Path:
+    """Return the path of the mask of the image `name`."""
+    return folder / f"{name}.png"
+
+
+def soft_path(folder: Path, name: str) -> Path:
+    """Return the path of the probabilities from which the mask of `name` was made."""
+    return folder / f"{name}.npz"
 
 
 def save_soft(classes_n: np.ndarray, probs_nHW: np.ndarray, path: Path) -> None:
     """Write probabilities in 0..1, n x H x W, as uint8 in 0..255, and their classes, n."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, classes=classes_n, probs=np.rint(255 * probs_nHW).astype(np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, buffer.getvalue())
 
 
 def save(mask_HW: np.ndarray, path: Path) -> None:
     """Write a mask of class indices, uint8 H x W, as an 8-bit palette PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, encode_mask_png(mask_HW))
 
 
-def read(folder: Path, key: str) -> np.ndarray:
-    """Return the mask KEY.png, uint8 H x W. Raises ShardError naming the file if it is missing or not an 8-bit mask."""
-    path = folder / f"{key}.png"
+def read(folder: Path, name: str) -> np.ndarray:
+    """Return the mask NAME.png, uint8 H x W. Raises ShardError naming the file if it is missing or not an 8-bit mask."""
+    path = mask_path(folder, name)
     try:
         with Image.open(path) as picture:
             if picture.mode not in ("P", "L"):
@@ -132,21 +146,22 @@ def read(folder: Path, key: str) -> np.ndarray:
         raise ShardError(f"{path}: {error}; remove it and run python -m weakclip.pseudo again") from None
 
 
-def read_soft(folder: Path, key: str) -> np.ndarray:
-    """Return the mask, uint8 H x W, that the probabilities in KEY.npz give without a CRF."""
-    with np.load(soft_path(folder, key)) as found:
+def read_soft(folder: Path, name: str) -> np.ndarray:
+    """Return the mask, uint8 H x W, that the probabilities in NAME.npz give without a CRF."""
+    with np.load(soft_path(folder, name)) as found:
         return found["classes"][found["probs"].argmax(0)].astype(np.uint8)
 
 
-def read_target(folder: Path, key: str, size: tuple[int, int], num_classes: int) -> np.ndarray:
-    """Return the mask KEY.png as a training target, uint8 H x W. size: H, W of its image.
+def read_target(folder: Path, name: str, size: tuple[int, int], num_classes: int) -> np.ndarray:
+    """Return the mask NAME.png as a training target, uint8 H x W. size: H, W of its image.
 
     Raises ShardError naming the file if it is missing or damaged, does not have this size or has classes beyond `num_classes`.
     """
-    mask_HW = read(folder, key)
+    mask_HW = read(folder, name)
     if mask_HW.shape != size:
-        raise ShardError(f"{folder / key}.png: {mask_HW.shape[1]} x {mask_HW.shape[0]}, but the image is {size[1]} x {size[0]}")
+        where = mask_path(folder, name)
+        raise ShardError(f"{where}: {mask_HW.shape[1]} x {mask_HW.shape[0]}, but the image is {size[1]} x {size[0]}")
     highest = mask_HW.max(where=mask_HW != labels.IGNORE, initial=0)
     if highest >= num_classes:
-        raise ShardError(f"{folder / key}.png: holds class {highest}, but there are {num_classes} classes")
+        raise ShardError(f"{mask_path(folder, name)}: holds class {highest}, but there are {num_classes} classes")
     return mask_HW

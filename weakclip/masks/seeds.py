@@ -77,7 +77,7 @@ def cam_maps(sample: DecodedSample | OpenSample) -> np.ndarray:
     H, W = sample.size
     if sample.cam is None:
         if sample.classes:
-            raise ShardError(f"{sample.key}: neither CAM nor seed; build the shards with --cams")
+            raise ShardError(f"{sample.name}: neither CAM nor seed; build the shards with --cams")
         return np.zeros((0, H, W), np.float32)
     maps_nHW = [resize_image(map_hw.astype(np.float32) / 255, (H, W)) for map_hw in sample.cam.maps_nhw]
     return np.stack(maps_nHW) if maps_nHW else np.zeros((0, H, W), np.float32)

@@ -1,4 +1,4 @@
-"""Writing masks: network -> likely classes -> dense CRF -> KEY.png, for all samples in part of a shard set."""
+"""Writing masks: network -> likely classes -> dense CRF -> NAME.png, for all samples in part of a shard set."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_masks(
     curves: Curves,
     workers: WorkerPool,
 ) -> None:
-    """Write KEY.png of every sample into `out`; an existing mask is left unchanged.
+    """Write NAME.png of every sample into `out`; an existing mask is left unchanged.
 
     The network runs in this process, on several images at a time. The workers get only the likely classes, run the CRF and write
     the files meanwhile. On a CPU, one image per worker is in progress, each on one core from the network to its files.
@@ -41,10 +41,10 @@ def write_masks(
 
     def missing() -> Iterator[DecodedSample]:
         for sample in samples:
-            if mask_folder.is_made(out, sample.key, inference.soft):
+            if mask_folder.is_made(out, sample.name, inference.soft):
                 continue
             if inference.restrict_to_labels and not sample.classes:
-                unlabelled.append(sample.key)
+                unlabelled.append(sample.name)
             yield sample
 
     def unfinished(sample: DecodedSample) -> Unfinished:

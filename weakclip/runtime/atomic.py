@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ def whole(path: Path) -> Iterator[Path]:
     The temporary name is unique, since several jobs may write the same file. After an error nothing is left behind, and an
     OSError, such as that of a full disk, names `path`.
     """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = path.with_name(f"{partial_prefix(path).name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
         os.replace(partial, path)
@@ -25,6 +26,13 @@ def whole(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:  # when writing fails; an error of opening has it
             error.filename = str(path)
         raise
+
+
+def partial_prefix(path: Path) -> Path:
+    """Return the path of temporary files for `path` without their two suffixes, .UNIQUE.partial."""
+    name = os.fsencode(path.name)
+    # A file system's limit is 255 bytes, of which the suffixes take 17.
+    return path if len(name) <= 238 else path.with_name(hashlib.sha256(name).hexdigest())
 
 
 def write_whole(path: Path, data: bytes | str) -> None:

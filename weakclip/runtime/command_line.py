@@ -48,7 +48,7 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
     except Exception as error:
         if os.environ.get("WEAKCLIP_TRACEBACK") or not is_user_error(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}".replace("\n", "\\n"), file=sys.stderr)  # a file's name may hold a newline
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

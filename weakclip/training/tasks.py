@@ -92,7 +92,7 @@ class Retrain(Task):
     def target(self, sample: OpenSample | DecodedSample) -> np.ndarray:
         if self.masks is None:
             return seed_mask(sample, self.job.recipe.seeds)
-        return mask_folder.read_target(self.masks, sample.key, sample.size, len(self.job.names))
+        return mask_folder.read_target(self.masks, sample.name, sample.size, len(self.job.names))
 
     def columns(self, model: Trained, sample: DecodedSample) -> list[np.ndarray]:
         return [visualize.colour_mask(self.target(sample)), self._prediction(model, sample)]
@@ -103,7 +103,7 @@ class Retrain(Task):
         entries = [entry for index in data for entry in index.entries]
         if missing := mask_folder.missing(self.masks, entries):
             raise ConfigError(
-                f"{self.masks}: {len(missing)} of {len(entries)} pseudo masks are missing, the first {missing[0].key}.png; "
+                f"{self.masks}: {len(missing)} of {len(entries)} pseudo masks are missing, the first {missing[0].name}.png; "
                 "write them with: weakclip pseudo"
             )
         return [mask_folder.fingerprint(self.masks)]

@@ -61,7 +61,7 @@ def validation_scores(model: Any, world: World, job: Job, validation: Index) -> 
     samples = StoredSamples(validation, mine, job.data.workers)
     for sample in tqdm(samples, "validation", leave=False, disable=None if world.rank == 0 else True):
         if sample.mask is None:
-            where = f"data.val: {validation.storage}: {sample.key}"
+            where = f"data.val: {validation.storage}: {sample.name}"
             raise ShardError(f"{where} has no ground-truth mask; build the shards with --masks")
         probs_KHW = sliding_window.predict(predictor, sample.image, job.inference.single_scale(), job.data.scale)
         matrix_KK += torch.from_numpy(confusion(sample.mask, probs_KHW.argmax(0).byte().cpu().numpy(), K))
@@ -79,5 +79,5 @@ def picture_sheet(model: Trained, task: Task, index: Index) -> Image.Image:
             shown = [sample.image, *task.columns(model, sample)]
         except ShardError:
             continue
-        rows.append(visualize.Row(sample.key, sample.classes, shown))
+        rows.append(visualize.Row(sample.name, sample.classes, shown))
     return visualize.sheet(rows, index.classes)

@@ -83,7 +83,7 @@ def test_what_was_stopped_makes_only_what_is_missing(config, labelled, tmp_path,
     assert make.written(config(), labelled) == 2
     made, cam = [], PromptedClip.cam
     monkeypatch.setattr(
-        PromptedClip, "cam", lambda self, sample, template: made.append(sample.key) or cam(self, sample, template)
+        PromptedClip, "cam", lambda self, sample, template: made.append(sample.name) or cam(self, sample, template)
     )
     make.run(config(), None)
     assert made == ["image_3", "image_4", "image_5"]

@@ -20,7 +20,7 @@ from PIL import Image
 
 from weakclip.data.index import Entry, Index, ShardError, sha256
 from weakclip.data.reading import parse_group, read_entry
-from weakclip.data.sample import Cam, DecodedSample, Sample, decode_sample
+from weakclip.data.sample import Cam, DecodedSample, PackedSample, Sample, decode_sample
 from weakclip.datasets.writing import build_shards
 
 NAMES = ("background", "cat", "dog", "cow")
@@ -42,7 +42,7 @@ def sample(number: int = 0, **changes) -> Sample:
     rng = np.random.default_rng(number)
     pixels = rng.integers(0, 256, (H, W, 3), np.uint8)
     good = Sample(
-        key=f"image_{number}",
+        name=f"image_{number}",
         image=encoded(Image.fromarray(pixels), "JPEG"),
         image_ext="jpg",
         classes=(1, 3),
@@ -87,7 +87,7 @@ def test_a_set_gives_back_what_went_in(shards):
         assert parts["jpg"] == want.image
         assert json.loads(parts["json"])["source"] == "made up"
         np.testing.assert_array_equal(got.image, np.asarray(Image.open(io.BytesIO(want.image))))
-        assert (got.key, got.classes, got.cam.classes, got.cam.scale) == (want.key, (1, 3), (1, 3), 0.25)
+        assert (got.name, got.classes, got.cam.classes, got.cam.scale) == (want.key, (1, 3), (1, 3), 0.25)
         np.testing.assert_array_equal(got.cam.maps_nhw, want.cam.maps_nhw)
         np.testing.assert_array_equal(got.seed, np.asarray(Image.open(io.BytesIO(want.seed))))
         np.testing.assert_array_equal(got.mask, np.asarray(Image.open(io.BytesIO(want.mask))))
@@ -150,12 +150,12 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize("key", ["", "a.b", "a/b", "a\\b", "a\nb", "café", "x" * 81])
 def test_a_key_that_tar_or_webdataset_would_change_is_refused(tmp_path, key):
     with pytest.raises(ShardError, match="a key is"):
-        build_shards([key], lambda key: sample(key=key), tmp_path / "set", NAMES)
+        build_shards([key], lambda key: PackedSample(key, sample().encode(), "made up"), tmp_path / "set", NAMES)
 
 
 def test_two_samples_of_one_key_are_refused(tmp_path):
     with pytest.raises(ShardError, match="'image_7' is listed twice"):
-        build_shards([1, 2, 3], lambda n: sample(n, key="image_7"), tmp_path / "set", NAMES, samples_per_shard=1)
+        build_shards([1, 2, 3], lambda n: sample(n, name="image_7"), tmp_path / "set", NAMES, samples_per_shard=1)
     assert not (tmp_path / "set").exists()
 
 

@@ -250,7 +250,7 @@ def test_a_selection_of_nothing_is_refused(shards, subset):
 def test_StoredSamples_come_in_order(shards, workers):
     entries = select_shards(shards, "1:")
     found = list(StoredSamples(shards, entries, workers))
-    assert [sample.key for sample in found] == ["image_3", "image_4", "image_5", "image_6"]
+    assert [sample.name for sample in found] == ["image_3", "image_4", "image_5", "image_6"]
     assert found[0].image.shape == (48, 64, 3) and found[0].image[0, 0].tolist() == [3, 3, 3]
 
 

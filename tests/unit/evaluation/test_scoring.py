@@ -41,7 +41,7 @@ def test_the_truth_scores_100_and_absent_classes_are_null(shards):
 
 def test_boundaries_are_scored_over_all_samples_together(shards):
     """48 x 64: boundaries are 2 pixels wide. In one of four images the cat, 48 x 32, is missing."""
-    found = scoring.score(samples(shards), lambda sample: sample.mask * (sample.key != "image_2"), NAMES)
+    found = scoring.score(samples(shards), lambda sample: sample.mask * (sample.name != "image_2"), NAMES)
     half, whole = 48 * 32 - 44 * 28, 48 * 64 - 44 * 60
     both = 4 * 32 + 2 * 44  # the three sides of the half on the image's border
     assert found.boundary_iou[:2] == ((3 * half + both) / (3 * half + half + whole - both), 3 / 4)
@@ -49,7 +49,7 @@ def test_boundaries_are_scored_over_all_samples_together(shards):
 
 def test_a_prediction_is_scored_over_all_samples_together(shards):
     """Three of four images right, one all background: cat 3 / 4, background 4 / 5 (of half images)."""
-    scores = scoring.score(samples(shards), lambda s: s.mask * (s.key != "image_2"), NAMES)
+    scores = scoring.score(samples(shards), lambda s: s.mask * (s.name != "image_2"), NAMES)
     assert scores.iou[:2] == pytest.approx((4 / 5, 3 / 4)) and scores.miou == pytest.approx((0.8 + 0.75) / 2)
 
 

@@ -78,7 +78,7 @@ def test_an_image_too_large_beside_others_on_a_gpu_is_done_alone_at_the_end(
     tiles, samples = sliding_window.predict_tiles, [*StoredSamples(shards, shards.entries, 0)]
 
     def crowded(_predictor, image_HW3, *arguments):
-        order.append(next(sample.key for sample in samples if sample.image is image_HW3))
+        order.append(next(sample.name for sample in samples if sample.image is image_HW3))
         if order[-1] == "image_1" and "image_6" not in order:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return tiles(on_cpu, image_HW3, *arguments)

@@ -48,7 +48,7 @@ def test_probabilities_of_activation_maps_sum_to_one_with_the_background_first()
 
 
 def sample_of(image_HW3: np.ndarray, classes=(4,), **changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"key": "made up", "image": image_HW3, "size": image_HW3.shape[:2], "classes": classes} | changes)
+    return SimpleNamespace(**{"name": "made up", "image": image_HW3, "size": image_HW3.shape[:2], "classes": classes} | changes)
 
 
 def test_the_seed_of_a_sample_is_its_own_or_else_its_cams_with_the_crf_that_is_set():

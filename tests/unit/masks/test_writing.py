@@ -44,7 +44,7 @@ def written(folder: Path) -> dict[str, bytes]:
 
 def predicted(probs_KHW, monkeypatch, config, classes=(1,)) -> np.ndarray:
     H, W = probs_KHW.shape[1:]
-    sample = SimpleNamespace(key="made up", image=np.full((H, W, 3), 128, np.uint8), classes=classes)
+    sample = SimpleNamespace(name="made up", image=np.full((H, W, 3), 128, np.uint8), classes=classes)
     monkeypatch.setattr(sliding_window, "predict_tiles", lambda *_: [[torch.tensor(probs_KHW)]])
     return mask_of(likely_classes(None, sample, MaskSettings.of(config)), sample.image, config.pseudo.crf)
 
@@ -109,6 +109,18 @@ def test_a_stop_between_two_masks_is_made_up_for(tiny_config, weights, shards, t
     assert len([*(tmp_path / "out").glob("*.png")]) == 2
     monkeypatch.setattr(mask_folder, "save", save)
     assert written(run(config, str(shards.root), weights, tmp_path / "out")) == written(alone)
+
+
+def test_masks_have_the_names_of_their_images(tiny_config, weights, make_shards, tmp_path):
+    names = ["trip/Fähre 1.2", "a\nb", "ä" * 120]
+    data = make_shards(tmp_path / "set", 3, 2, names=names)
+    out = run(tiny_config(NO_CRF, "pseudo.soft=true"), str(data.root), weights, tmp_path / "out")
+    (out / "trip/Fähre 1.2.png.0123abcd.partial").touch()
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {"about.json"}
+    assert found - {"trip/Fähre 1.2.png.0123abcd.partial"} == {f"{name}.{suffix}" for name in names for suffix in ("png", "npz")}
+    (out / "trip/Fähre 1.2.png").unlink()
+    run(tiny_config(NO_CRF, "pseudo.soft=true"), str(data.root), weights, out)
+    assert (out / "trip/Fähre 1.2.png").is_file() and not [*out.rglob("*.partial")]
 
 
 def test_processes_and_soft_are_no_other_masks(tiny_config, weights, shards, tmp_path):

@@ -1,0 +1,103 @@
+"""A CSV of image labels, in the dialects that spreadsheets and other tools write."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from weakclip.data.index import ShardError
+from weakclip.data.names import composed
+from weakclip.labels import find_class, read_text
+
+FILE = ("file", "filename", "file_name", "image", "path")
+LABELS = ("labels", "label", "classes", "class")
+"""Names of the two columns, in any case; the first of each is the one that the documentation uses."""
+
+_DELIMITERS = ",;\t"
+_SEPARATORS = ";|,"
+
+
+class _Layout(NamedTuple):
+    """Which columns are read, by number."""
+
+    delimiter: str
+    file: int
+    labels: int | None
+    """The column with an image's labels; None where there is one column a class."""
+    columns: list[str]
+
+
+def read_labels(file: Path, names: Sequence[str], present: Collection[str]) -> dict[str, set[int]]:
+    """Return the class indices of each image, by composed file name; the rows of an image add up.
+
+    names: the class list. present: files that exist. Spaces around other names are dropped.
+
+    The delimiter is a comma, a semicolon or a tab. Labels are class names in one column, separated by ; or | or a comma, or there
+    is a column of 0 and 1 for each class. Raises ShardError naming the file and line at fault.
+    """
+    found: dict[str, set[int]] = {}
+    try:
+        text = read_text(file, ShardError)
+        layout = _layout(text, file, names)
+        rows = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=layout.delimiter)
+        next(rows)
+        for row in rows:
+            where = f"{file}: line {rows.line_num}"
+            if not row:
+                continue
+            if len(row) != len(layout.columns):
+                raise ShardError(f"{where}: must have one field per column; separate labels by ';': beach.jpg,person;boat")
+            name = composed(row[layout.file])
+            indices = found.setdefault(name if name in present else name.strip(), set())
+            indices.update(_classes(row, layout, names, where))
+    except csv.Error as error:
+        raise ShardError(f"{file}: not a CSV ({error})") from None
+    return found
+
+
+def _layout(text: str, file: Path, names: Sequence[str]) -> _Layout:
+    for delimiter in _DELIMITERS:
+        columns = [column.strip() for column in next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])]
+        lowered = [column.lower() for column in columns]
+        files, labels = ([n for n, column in enumerate(lowered) if column in known] for known in (FILE, LABELS))
+        if len(files) == 1 and len(labels) == 1:
+            return _Layout(delimiter, files[0], labels[0], columns)
+        if len(files) == 1 and not labels and len(columns) > 1 and any(find_class(column, names) for column in columns):
+            for number, column in enumerate(columns):
+                if number != files[0]:
+                    _class_index(column, names, f"{file}: line 1")
+            return _Layout(delimiter, files[0], None, columns)
+    header = text.partition("\n")[0].strip()
+    raise ShardError(f"{file}: line 1 must be the header file,labels or have a column for each class, is {header!r:.80}")
+
+
+def _classes(row: Sequence[str], layout: _Layout, names: Sequence[str], where: str) -> Iterator[int]:
+    if layout.labels is not None:
+        for label in _split(row[layout.labels].strip(), names):
+            yield _class_index(label, names, where)
+        return
+    for number, (column, value) in enumerate(zip(layout.columns, row, strict=True)):
+        if number != layout.file:
+            if value.strip() not in ("0", "1"):
+                raise ShardError(f"{where}: column {column!r} must be 0 or 1, is {value!r:.40}")
+            if value.strip() == "1":
+                yield _class_index(column, names, where)
+
+
+def _split(field: str, names: Sequence[str]) -> list[str]:
+    """Return the labels in a field. A separator within a class's own name does not count."""
+    ways = [[field], *([label.strip() for label in field.split(separator)] for separator in _SEPARATORS)]
+    filled = [[label for label in labels if label] for labels in ways]
+    return next((labels for labels in filled if all(find_class(label, names) for label in labels)), filled[1])
+
+
+def _class_index(label: str, names: Sequence[str], where: str) -> int:
+    index = find_class(label, names)
+    if not index:  # background (0) is not a label either
+        near = difflib.get_close_matches(label, names[1:], n=1, cutoff=0.0)[0]
+        raise ShardError(f"{where}: {label!r:.40} is not one of the {len(names) - 1} classes; the closest is {near!r}")
+    return index
