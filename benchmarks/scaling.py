@@ -2,7 +2,8 @@
 
     python benchmarks/scaling.py --config runs/demo/config.yaml --ranks 1 2 --steps 40
 
-Each rank has one thread on a CPU, or one GPU. The rate is the median of the run's own images a second, without the first line.
+Each rank has one core of a CPU, with its loader, or one GPU. The rate is the median of the run's own images a second, without
+the first line.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +26,18 @@ from weakclip.config import ConfigError
 from weakclip.runtime.tables import Table
 
 
+@contextmanager
+def cores(number: int) -> Iterator[None]:
+    """Restrict this process, and those that it starts, to a number of cores, unless there are GPUs."""
+    every = os.sched_getaffinity(0)
+    if not torch.cuda.is_available():
+        os.sched_setaffinity(0, sorted(every)[:number])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, every)
+
+
 def rate(config: Path, ranks: int, steps: int, run: Path) -> float:
     """Return the images a second of a training on that many ranks. Raises ConfigError when it fails."""
     never = 1_000_000
@@ -31,7 +45,8 @@ def rate(config: Path, ranks: int, steps: int, run: Path) -> float:
     overrides += [f"train.validate_every={never}", f"train.checkpoint_every={never}"]
     module = ["-m", "weakclip.train", "--config", str(config), *overrides]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run([*torchrun, *module], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    with cores(ranks):
+        done = subprocess.run([*torchrun, *module], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise ConfigError(f"the training on {ranks} ranks failed: {done.stderr.strip().splitlines()[-1]}")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

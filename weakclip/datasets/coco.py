@@ -178,11 +178,11 @@ def segment_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
         counts = segmentation["counts"]
         runs = _runs(counts) if isinstance(counts, str) else [operator.index(run) for run in counts]
         rest = height * width - sum(runs)
-        # Checked here, because pycocotools first takes the memory. In compressed RLE it takes what is missing for background.
+        # As in pycocotools, what is missing in compressed RLE is background.
         if min(runs, default=0) < 0 or rest < 0 or (rest and not isinstance(counts, str)):
             raise ValueError(f"its runs cover {sum(runs)} pixels of {height * width}")
         runs += [rest] if len(runs) % 2 == 0 else [0, rest]
-        return rle.decode(rle.frPyObjects({"size": [height, width], "counts": runs}, height, width)).astype(bool)
+        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
     if not segmentation:
         return np.zeros((height, width), bool)
     polygons = [_polygon(corners, 10 * max(height, width)) for corners in segmentation]
