@@ -33,6 +33,7 @@ VERBS = {
     "pseudo": Verb("weakclip.pseudo:main", "write pseudo masks"),
     "retrain": Verb("weakclip.retrain:main", "train a segmentation network on the pseudo masks"),
     "test": Verb("weakclip.test:main", "test the retrained network"),
+    "predict": Verb("weakclip.predict:main", "segment single images with a trained network"),
     "evaluate": Verb("weakclip.evaluate:main", "score masks, seeds or CAMs"),
     "report": Verb("weakclip.report:main", "print the paper's tables beside a run's figures"),
     "submit": Verb("weakclip.launch.submit:main", "send stages to Slurm, or to this machine"),

@@ -5,6 +5,7 @@ Class 0 is background everywhere, and 255 means "ignore". A class set is a tuple
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,6 +98,15 @@ def read_text(path: Path, error: type[UserError] = UserError) -> str:
 def find_class(name: str, names: Sequence[str]) -> int | None:
     """Return the index in `names` of the class `name`, also by its VOC or COCO synonym (aeroplane, airplane); None if absent."""
     return next((names.index(known) for known in (name, _OTHER_NAME.get(name)) if known in names), None)
+
+
+def index_of(name: str, names: Sequence[str], where: str, error: type[UserError] = UserError) -> int:
+    """Return the index of a class other than background. Raises `error` naming `where` and the nearest class."""
+    index = find_class(name, names)
+    if not index:
+        near = difflib.get_close_matches(name, names[1:], n=1, cutoff=0.0)[0]
+        raise error(f"{where}: {name!r:.40} is not one of the {len(names) - 1} classes; the closest is {near!r}")
+    return index
 
 
 def class_map(names: Sequence[str], target: Sequence[str]) -> tuple[int, ...]:

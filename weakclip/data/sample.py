@@ -298,7 +298,7 @@ def _decode_picture(parts: dict[str, bytes], about: About, least: tuple[int, int
     image_HW3 = decode_jpeg(parts["jpg"], stored_HW, least_HW) if extension == "jpg" else None
     if image_HW3 is None:
         with _open_image(parts[extension], extension, stored_HW) as image:
-            image_HW3 = _to_rgb(image)
+            image_HW3 = to_rgb(image)
     return image_HW3 if about.orientation == 1 else turn(image_HW3, about.orientation)
 
 
@@ -314,7 +314,7 @@ def _open_image(data: bytes, what: str, size_HW: tuple[int, int]) -> Image.Image
     raise ShardError(f"{what} is {image.height} x {image.width}, not {size_HW[0]} x {size_HW[1]} as its json says")
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
     """Return the image as uint8 H x W x 3, as it is stored."""
     if image.mode.startswith("I"):  # 16-bit grey; convert() would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

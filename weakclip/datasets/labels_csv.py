@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 from weakclip.data.index import ShardError
 from weakclip.data.names import composed
-from weakclip.labels import find_class, read_text
+from weakclip.labels import find_class, index_of, read_text
 
 FILE = ("file", "filename", "file_name", "image", "path")
 LABELS = ("labels", "label", "classes", "class")
@@ -69,7 +68,7 @@ def _layout(text: str, file: Path, names: Sequence[str]) -> _Layout:
         if len(files) == 1 and not labels and len(columns) > 1 and any(find_class(column, names) for column in columns):
             for number, column in enumerate(columns):
                 if number != files[0]:
-                    _class_index(column, names, f"{file}: line 1")
+                    index_of(column, names, f"{file}: line 1", ShardError)
             return _Layout(delimiter, files[0], None, columns)
     header = text.partition("\n")[0].strip()
     raise ShardError(f"{file}: line 1 must be the header file,labels or have a column for each class, is {header!r:.80}")
@@ -78,14 +77,14 @@ def _layout(text: str, file: Path, names: Sequence[str]) -> _Layout:
 def _classes(row: Sequence[str], layout: _Layout, names: Sequence[str], where: str) -> Iterator[int]:
     if layout.labels is not None:
         for label in _split(row[layout.labels].strip(), names):
-            yield _class_index(label, names, where)
+            yield index_of(label, names, where, ShardError)
         return
     for number, (column, value) in enumerate(zip(layout.columns, row, strict=True)):
         if number != layout.file:
             if value.strip() not in ("0", "1"):
                 raise ShardError(f"{where}: column {column!r} must be 0 or 1, is {value!r:.40}")
             if value.strip() == "1":
-                yield _class_index(column, names, where)
+                yield index_of(column, names, where, ShardError)
 
 
 def _split(field: str, names: Sequence[str]) -> list[str]:
@@ -93,11 +92,3 @@ def _split(field: str, names: Sequence[str]) -> list[str]:
     ways = [[field], *([label.strip() for label in field.split(separator)] for separator in _SEPARATORS)]
     filled = [[label for label in labels if label] for labels in ways]
     return next((labels for labels in filled if all(find_class(label, names) for label in labels)), filled[1])
-
-
-def _class_index(label: str, names: Sequence[str], where: str) -> int:
-    index = find_class(label, names)
-    if not index:  # background (0) is not a label either
-        near = difflib.get_close_matches(label, names[1:], n=1, cutoff=0.0)[0]
-        raise ShardError(f"{where}: {label!r:.40} is not one of the {len(names) - 1} classes; the closest is {near!r}")
-    return index

@@ -21,6 +21,12 @@ def colour_mask(mask_HW: np.ndarray) -> np.ndarray:
     return COLOURS[mask_HW]
 
 
+def overlay(image_HW3: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    """Return the image with a mask's classes over it, uint8 H x W x 3. Background stays as it is."""
+    mixed_HW3 = image_HW3 // 2 + colour_mask(mask_HW) // 2
+    return np.where((mask_HW > 0)[..., None], mixed_HW3, image_HW3)
+
+
 def heat(image_HW3: np.ndarray, maps_nHW: np.ndarray) -> np.ndarray:
     """Return the image blended with its strongest activation map (0..1, blue to red): uint8 H x W x 3.
 

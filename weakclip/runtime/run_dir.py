@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+_RETRAIN = "retrain"
+
 ON_SEEDS = "-seeds"
 """Suffix of the directory of a network that is retrained on the seeds instead of the pseudo masks."""
 
@@ -122,9 +124,14 @@ class RunDir:
         """Run directory of the classifier that makes CAMs."""
         return RunDir(self.root / "classify")
 
+    @property
+    def is_retrained(self) -> bool:
+        """Whether this is the directory of a network that is trained on the pseudo masks of the run above it."""
+        return self.root.parent.name == _RETRAIN
+
     def retrained(self, network: str, on_seeds: bool = False) -> RunDir:
         """Return the run directory of a network that is trained on the pseudo masks, or with `on_seeds` on the seeds."""
-        return RunDir(self.root / "retrain" / f"{network}{ON_SEEDS if on_seeds else ''}")
+        return RunDir(self.root / _RETRAIN / f"{network}{ON_SEEDS if on_seeds else ''}")
 
 
 def checkpoint_step(path: Path) -> int:
