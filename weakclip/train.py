@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from weakclip import cli, registry
 from weakclip.config import Config
 from weakclip.runtime.signals import Interrupted, nothing_left_to_save
+from weakclip.training import deepspeed_file
 from weakclip.training.data import TrainingData
 from weakclip.training.jobs import JOBS
 
@@ -22,7 +23,8 @@ _log = logging.getLogger(__name__)
 def run(stage: str, config: Config, resume: bool) -> None:
     """Join the other ranks, train the job of a stage, and print where its results are. Raises what `train` raises."""
     job = JOBS[stage](config)
-    data = TrainingData.open(job)  # before torch is loaded, so that a mistake in a path is found at once
+    data = TrainingData.open(job)  # before torch is loaded, so that a mistake in a file is found at once
+    deepspeed_file.read(job.train)
     train = registry.load("weakclip.training.loop:train")
     world = registry.load("weakclip.training.world:World").join()
     try:

@@ -15,6 +15,7 @@ from weakclip.runtime.errors import is_user_error
 from weakclip.runtime.signals import Interrupted
 from weakclip.training.claim import claim, claim_data
 from weakclip.training.data import TrainingData
+from weakclip.training.deepspeed_settings import deepspeed_settings
 from weakclip.training.engine import Engine
 from weakclip.training.feeding import on_device
 from weakclip.training.interruption import Interruption
@@ -38,6 +39,7 @@ def train(job: Job, data: TrainingData, world: World, resume: bool = False) -> N
 
 
 def _train(task: Task, data: TrainingData, world: World, resume: bool) -> None:
+    deepspeed_settings(task.job.train, task.job.optim)  # a mistake in its file is found before the run directory is made
     _claim(task, world, resume, data.sets)
     with log.to_file(task.job.run.log(world.rank), world.rank):
         _run(task, data, world, resume)
