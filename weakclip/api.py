@@ -14,8 +14,6 @@ import numpy as np
 from PIL import Image
 
 from weakclip import recipe
-from weakclip.checkpoints import weights as stored
-from weakclip.config import ConfigError
 from weakclip.data.orientation import orientation_of, turn
 from weakclip.data.sample import IMAGES, DecodedSample, to_rgb
 from weakclip.labels import index_of
@@ -97,19 +95,17 @@ class Segmenter:
         return image
 
 
-def load(run: str | os.PathLike[str], weights: str = "best", exif: str | None = None) -> Segmenter:
+def load(run: str | Path, weights: str = "best", exif: str | None = None) -> Segmenter:
     """Return the network that a run trained, on the GPU if there is one.
 
     run: a run directory, such as runs/voc for its WeakCLIP or runs/voc/retrain/segformer for the network trained on its masks.
     weights: best, last or a file. exif: stored or upright, as for `weakclip build`; None: the recipe's `data.build.exif`.
-    Raises ConfigError when there is no such run, or no weights that fit it.
+    Raises UserError when there is no such run, or no weights that fit it.
     """
-    place = RunDir(Path(run))
-    if not place.config.is_file():
-        raise ConfigError(f"{place}: not a run directory, for it has no {place.config.name}")
+    place = RunDir.existing(run)
     config = recipe.load_saved(place)
     job = jobs.retrain(config) if place.is_retrained else jobs.refine(config)
-    model = task_of(job).load(stored.find(place, weights))
+    model = task_of(job).load(place.find_weights(weights))
     model.cast_frozen()
     settings = MaskSettings(job.inference, job.data.scale, config.seeds, workers=0)
     return Segmenter(model.predictor(), settings, job.names, (exif or config.data.build.exif) == "upright")

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weakclip import cli
-from weakclip.cams.make import open_labelled, run, written
+from weakclip import cli, registry
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(prog="weakclip cam", description="Make CAMs from image labels.")
     parser.add_argument("--shards", metavar="N|A:B", help="only these shards of data.labelled")
     config, options = cli.parse_config(parser, arguments)
-    run(config, options.shards)
-    labelled = open_labelled(config)
-    print(f"{config.data.train}: {written(config, labelled)} of {len(labelled.shards)} shards with CAMs")
+    make = registry.load("weakclip.cams.make")
+    make.run(config, options.shards)
+    labelled = make.open_labelled(config)
+    print(f"{config.data.train}: {make.written(config, labelled)} of {len(labelled.shards)} shards with CAMs")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from weakclip import recipe, registry
+from weakclip import labels, recipe, registry
 from weakclip.config import Config, ConfigError
 from weakclip.recipe import Sweep, is_sweep
 from weakclip.runtime.command_line import Parser, run
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
 def parse_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     """Return the config given by `--config FILE` (once or more), `--task INDEX` and `key=value`, and the other options.
 
-    Raises ConfigError for a mistake in any of them.
+    Raises UserError for a mistake in any of them, or in the class list.
     """
     recipe_help = (
         "YAML recipe, such as configs/voc.yaml, or sweep; further files override it, such as configs/retrain/segformer.yaml"
@@ -82,4 +82,5 @@ def parse_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> t
     config = recipe.load(options.config, options.overrides)
     if options.task is not None:
         raise ConfigError(f"--task {options.task}: {options.config[0]} is not a sweep, such as configs/sweeps/prompts.yaml")
+    labels.class_names(config.classes)  # raises UserError here, before the command loads what takes seconds
     return config, options

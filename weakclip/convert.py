@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from weakclip import cli
+from weakclip import cli, registry
 from weakclip.config import ConfigError
-from weakclip.models import released
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -26,6 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.out.suffix not in (".safetensors", ".pth"):
         raise ConfigError(f"{options.out}: must end in .safetensors (our format) or .pth (the released layout)")
+    released = registry.load("weakclip.models.released")
     checkpoint = released.read(options.source, options.classes)
     released.write(checkpoint, options.out)
     print("\n".join((released.summary(checkpoint.ours), *checkpoint.notes, f"written: {options.out}")))

@@ -5,16 +5,16 @@ weakclip evaluate --config configs/voc.yaml [--what masks|seeds|cam|cam_crf] [--
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
 
-from weakclip import cli, labels
+from weakclip import cli, labels, registry
 from weakclip.config import Config, ConfigError
-from weakclip.data.index import Index, open_index, select_shards
-from weakclip.data.stream import StoredSamples
+from weakclip.data.index import Entry, Index, open_index, select_shards
+from weakclip.data.sample import DecodedSample
 from weakclip.evaluation import score_files
 from weakclip.evaluation.metrics import Scores
 from weakclip.evaluation.score_files import Scored
@@ -26,7 +26,7 @@ def run(config: Config, what: str, data: str, shards: str | None, folder: Path) 
     """Return the scores of "masks" (those in `folder`), "seeds", "cam" or "cam_crf" on `shards` of the shard set `data`."""
     names = labels.class_names(config.classes)
     index = open_index(data, names, config.data)
-    samples = StoredSamples(index, select_shards(index, shards), config.data.workers)
+    samples = _samples(index, select_shards(index, shards), config.data.workers)
     if what in ("cam", "cam_crf"):
         if what == "cam_crf" and config.pseudo.crf is None:
             raise ConfigError("pseudo.crf is null; set it to the CRF that --what cam_crf applies")
@@ -55,11 +55,16 @@ def score_shards(index: Index, part: str | None, place: Scored, workers: int) ->
     shards = groupby(select_shards(index, part), lambda entry: entry.shard)
     for shard, entries in tqdm([(shard, list(entries)) for shard, entries in shards], "scoring", unit=" shards", disable=None):
         if place.counts(shard) is None:
-            samples = StoredSamples(index, entries, workers)
+            samples = _samples(index, entries, workers)
             found = count(samples, lambda sample: mask_folder.read(place.masks, sample.name), len(index.classes))
             place.write_counts(shard, found)
     if (whole := place.add_up(index)) is not None:
         print(whole.table())
+
+
+def _samples(index: Index, entries: Sequence[Entry], workers: int) -> Iterable[DecodedSample]:
+    """Return the stored samples, as weakclip.data.stream.StoredSamples decodes them."""
+    return registry.load("weakclip.data.stream:StoredSamples")(index, entries, workers)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from weakclip import cli
-from weakclip.checkpoints import state_dict
-from weakclip.evaluation.fidelity import compare, table
+from weakclip import cli, registry
 from weakclip.runtime.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(prog="weakclip fidelity", description="Compare with the released code's numbers.")
     parser.add_argument("folder", metavar="DIR", type=Path, help="golden directory that a run of the released code wrote")
-    rows = list(compare(parser.parse_args(arguments).folder))
-    print(table(rows))
+    folder = parser.parse_args(arguments).folder
+    fidelity = registry.load("weakclip.evaluation.fidelity")
+    rows = list(fidelity.compare(folder))
+    print(fidelity.table(rows))
     if failed := [row.name for row in rows if not row.passed]:
-        raise UserError(f"{len(failed)} of {len(rows)} numbers differ from the released code's: {state_dict.some(failed)}")
+        some = registry.load("weakclip.checkpoints.state_dict:some")
+        raise UserError(f"{len(failed)} of {len(rows)} numbers differ from the released code's: {some(failed)}")
     print(f"all {len(rows)} within their limits")
 
 

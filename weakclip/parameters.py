@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weakclip import cli, labels
-from weakclip.models.weakclip import WeakCLIP, parameter_counts
+from weakclip import cli, labels, registry
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(prog="weakclip parameters", description="Print parameter counts by module.")
     config = cli.parse_config(parser, arguments)[0]
-    counts = parameter_counts(WeakCLIP(config, labels.class_names(config.classes)))
+    model = registry.load("weakclip.models.weakclip")
+    counts = model.parameter_counts(model.WeakCLIP(config, labels.class_names(config.classes)))
     for name, count in counts.items():
         if name not in ("trainable", "without gradient", "total"):
             print(f"{name:<24}{count:>13,}")

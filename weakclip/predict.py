@@ -10,16 +10,21 @@ import argparse
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from tqdm import tqdm
 
-from weakclip.api import Prediction, load
+from weakclip import registry
 from weakclip.config import EXIF, ConfigError
 from weakclip.datasets.files import find_images, name_of
 from weakclip.evaluation import visualize
 from weakclip.masks import mask_folder
 from weakclip.runtime.command_line import Parser, run
+from weakclip.runtime.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from weakclip.api import Prediction  # imports torch
 
 SHEET = 24
 """Number of images on the sheet."""
@@ -68,8 +73,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: RUN/predictions)")
     options = parser.parse_args(arguments)
     labels = options.labels.split(",") if options.labels else None
-    found, out = images(options.images), options.out or Path(options.run) / "predictions"
-    network = load(options.run, options.weights, options.exif)
+    place = RunDir.existing(options.run)
+    place.find_weights(options.weights)  # raises UserError before anything takes seconds
+    found, out = images(options.images), options.out or place.root / "predictions"
+    network = registry.load("weakclip.api:load")(place.root, options.weights, options.exif)
     bar = tqdm(found.items(), "predict", unit=" images", disable=None)
     rows = [*write(((name, network.predict(path, labels)) for name, path in bar), out)][:SHEET]
     visualize.sheet(rows, network.classes, ("image", "overlay", "mask")).save(out / "sheet.png")

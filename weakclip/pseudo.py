@@ -9,18 +9,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from weakclip import cli
-from weakclip.checkpoints import weights as stored
+from weakclip import cli, registry
 from weakclip.config import Config
 from weakclip.data.index import Index, open_index
-from weakclip.masks.sliding_window import Predictor
-from weakclip.masks.writing import write_part
 from weakclip.training import jobs
 from weakclip.training.jobs import Job
-from weakclip.training.tasks import task_of
-
-COMPILED_FROM = 1000
-"""Number of images from which compiling pays: it takes a minute or two, and saved 0.08 s an image in an experiment on an H100."""
 
 
 def run(config: Config, data: str, weights: Path, out: Path, shards: str | None = None) -> None:
@@ -31,22 +24,14 @@ def run(config: Config, data: str, weights: Path, out: Path, shards: str | None 
 
 def run_part(config: Config, part: str | None) -> None:
     """Run the stage `pseudo`: write the masks of the shards "A:B" by the run's best weights into the run."""
-    run(config, config.data.train, stored.find(config.run_dir, "best"), config.run_dir.pseudo, part)
+    run(config, config.data.train, config.run_dir.find_weights("best"), config.run_dir.pseudo, part)
 
 
 def write(job: Job, index: Index, part: str | None, weights: Path, out: Path) -> None:
     """Write the masks of the shards "A:B" by the network of a job into `out`; existing masks are kept."""
-    predictor = partial(_predictor, job, weights)
+    write_part = registry.load("weakclip.masks.writing:write_part")
+    predictor = partial(registry.load("weakclip.training.tasks:predictor_of"), job, weights)
     write_part(predictor, job.mask_settings, index, part, weights, out, job.run.tensorboard)
-
-
-def _predictor(job: Job, weights: Path, images: int) -> Predictor:
-    model = task_of(job).load(weights)
-    model.cast_frozen()
-    predictor = model.predictor()
-    if job.name != "train" or predictor.device.type == "cpu":  # other networks have no regions, and on a CPU nothing is gained
-        return predictor
-    return predictor._replace(compiled={"on": True, "off": False, "auto": images >= COMPILED_FROM}[job.train.compile])
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -57,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="DIR", help="where the masks go (default: RUN/pseudo)")
     config, options = cli.parse_config(parser, arguments)
     out = Path(options.out or config.run_dir.pseudo)
-    run(config, options.data or config.data.train, stored.find(config.run_dir, options.weights), out, options.shards)
+    run(config, options.data or config.data.train, config.run_dir.find_weights(options.weights), out, options.shards)
     print(f"masks: {out}")
 
 

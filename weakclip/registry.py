@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 
 def load(path: str) -> Any:
-    """Import the module of `path`, such as "weakclip.networks.resnet38:ResNet38", and return the attribute."""
-    module, _, attribute = path.partition(":")
-    return getattr(import_module(module), attribute)
+    """Import and return what `path` names, such as "weakclip.networks.resnet38:ResNet38"; without ":" the module itself."""
+    name, _, attribute = path.partition(":")
+    module = import_module(name)
+    return getattr(module, attribute) if attribute else module
 
 
 class NetworkEntry(NamedTuple):

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from weakclip import cli, evaluate, pseudo
-from weakclip.checkpoints import weights as stored
 from weakclip.config import Config, ConfigError
 from weakclip.data.index import Entry, Index, open_index, select_shards
 from weakclip.data.reading import load
@@ -42,7 +41,7 @@ def run(config: Config, part: str | None) -> None:
     job = jobs.retrain(config)
     index = open_data(job, None)
     place = Scored.predicted(job.run, "val")
-    pseudo.write(job, index, part, stored.find(job.run, "best"), place.masks)
+    pseudo.write(job, index, part, job.run.find_weights("best"), place.masks)
     evaluate.score_shards(index, part, place, job.data.workers)
 
 
@@ -68,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     job = jobs.retrain(config)
     index = open_data(job, options.data)
     place, entries = Scored.predicted(job.run, options.split), select_shards(index, options.shards)
-    pseudo.write(job, index, options.shards, stored.find(job.run, options.weights), place.masks)
+    pseudo.write(job, index, options.shards, job.run.find_weights(options.weights), place.masks)
     if load(index, entries[0]).mask is None:
         print(f"{place.masks}: not scored, because {index.storage} has no ground truth")
     else:

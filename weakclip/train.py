@@ -10,14 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-import torch.distributed as dist
-
-from weakclip import cli
+from weakclip import cli, registry
 from weakclip.config import Config
 from weakclip.runtime.signals import Interrupted, nothing_left_to_save
+from weakclip.training import deepspeed_file
+from weakclip.training.data import TrainingData
 from weakclip.training.jobs import JOBS
-from weakclip.training.loop import train
-from weakclip.training.world import World
 
 _log = logging.getLogger(__name__)
 
@@ -25,9 +23,12 @@ _log = logging.getLogger(__name__)
 def run(stage: str, config: Config, resume: bool) -> None:
     """Join the other ranks, train the job of a stage, and print where its results are. Raises what `train` raises."""
     job = JOBS[stage](config)
-    world = World.join()
+    data = TrainingData.open(job)  # before torch is loaded, so that a mistake in a file is found at once
+    deepspeed_file.read(job.train)
+    train = registry.load("weakclip.training.loop:train")
+    world = registry.load("weakclip.training.world:World").join()
     try:
-        train(job, world, resume)
+        train(job, data, world, resume)
         if world.rank == 0:
             print(f"trained: {job.run}/weights; curves: tensorboard --logdir {job.run.tensorboard}")
     except Interrupted as stop:
@@ -35,7 +36,7 @@ def run(stage: str, config: Config, resume: bool) -> None:
             _log.warning(stop)
         raise
     finally:
-        dist.destroy_process_group()
+        world.leave()
 
 
 def main(arguments: Sequence[str], stage: str | None = None) -> None:

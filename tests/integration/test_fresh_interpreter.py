@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.integration.conftest import ENVIRONMENT, REPO
+from weakclip.cli import VERBS
 
 
 def test_a_command_fails_with_one_line_on_stderr(tmp_path):
@@ -31,6 +35,71 @@ def test_a_login_node_need_not_load_torch():
     modules = "weakclip.stages, weakclip.cam, weakclip.launch.submit, weakclip.launch.status, weakclip.launch.job"
     line = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", line], env=ENVIRONMENT).returncode == 0
+
+
+HEAVY = ("torch", "torchvision", "deepspeed", "open_clip", "timm", "transformers", "webdataset", "tensorboard", "matplotlib")
+
+ON_A_RECIPE = [
+    ["--config", "nowhere.yaml"],
+    ["--config", "configs/demo.yaml", "train.bacth=1"],
+    ["--config", "configs/demo.yaml", "train.batch=0"],
+    ["--config", "configs/demo.yaml", "classes=nowhere.txt"],
+]
+NOWHERE = ["nowhere"]
+MISTAKES = {
+    "build": [["coco", "--images", "nowhere", "--annotations", "nowhere", "--out", "out"], ["folder"]],
+    "verify": [NOWHERE],
+    "show": [[*NOWHERE, "--out", "out.png"]],
+    "stats": [NOWHERE, [*NOWHERE, "--config", "nowhere.yaml"]],
+    "reshard": [[*NOWHERE, "--out", "out"]],
+    "report": [NOWHERE],
+    "predict": [["nowhere", "nowhere.jpg"], ["nowhere", "README.md"]],
+    "submit": [["--stage", "train", *mistake] for mistake in ON_A_RECIPE],
+    "status": [NOWHERE],
+    "sweep": [NOWHERE],
+    "convert": [[*NOWHERE, "out.txt"]],
+    "fidelity": [[]],
+    "retrain": [*ON_A_RECIPE, ["--config", "configs/demo.yaml"]],  # names no network
+    "train": [*ON_A_RECIPE, ["--config", "configs/demo.yaml", "data.train=nowhere"]],
+    "pseudo": [*ON_A_RECIPE, ["--config", "configs/demo.yaml", "run=nowhere"]],
+    **dict.fromkeys(("cam", "test", "evaluate", "parameters", "demo"), ON_A_RECIPE),
+}
+"""Wrong arguments of each command."""
+
+TRY_ALL = """
+import json, runpy, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+
+results = []
+for program, arguments in json.loads(sys.argv[1]):
+    sys.argv = [program, *arguments]
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as error:
+        try:
+            run = runpy.run_path if program.endswith(".py") else runpy.run_module
+            run(program, run_name="__main__")
+        except SystemExit as stop:
+            results.append([stop.code or 0, out.getvalue(), error.getvalue()])
+print(json.dumps([results, sorted(sys.modules)]))
+"""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_and_mistakes_of_every_command_load_no_heavy_library(verb):
+    """In each of the ways to call it: seconds of imports come after the command line and the recipe are checked."""
+    module = VERBS[verb].main.partition(":")[0]
+    scripts = [str(path.relative_to(REPO)) for path in REPO.glob(f"*/{verb}.py") if path.parent.name in ("shards", "launch")]
+    calls = [("weakclip", [verb, "--help"]), *((program, ["--help"]) for program in (module, *scripts))]
+    calls += [("weakclip", [verb, *mistake]) for mistake in MISTAKES[verb]]
+    command = [sys.executable, "-c", TRY_ALL, json.dumps(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT, cwd=REPO)
+    results, modules = json.loads(done.stdout)
+    for (_, arguments), (code, out, error) in zip(calls, results, strict=True):
+        if arguments[-1] == "--help":
+            assert code == 0 and out.startswith("usage: ")
+        else:
+            assert code in (1, 2) and "error: " in error and out == ""
+    assert not {name.partition(".")[0] for name in modules}.intersection(HEAVY)
 
 
 def test_workers_need_not_load_torch():

@@ -44,9 +44,15 @@ def alone(train, tmp_path_factory):
     return metrics(run)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_of_every_zero_stage_have_the_losses_of_one_process(train, alone, tmp_path, stage):
+OPTIMIZER, PARAMETERS = ({f"offload_{what}": {"device": "cpu"}} for what in ("optimizer", "param"))
+
+
+@pytest.mark.parametrize(
+    "stage, offloaded", [(0, {}), (1, {}), (2, {}), (3, {}), (1, OPTIMIZER), (2, OPTIMIZER), (3, OPTIMIZER | PARAMETERS)]
+)
+def test_two_ranks_of_every_zero_stage_have_the_losses_of_one_process(train, alone, tmp_path, stage, offloaded):
     settings = json.loads((REPO / f"configs/deepspeed/zero{stage}.json").read_text())
+    settings["zero_optimization"] |= offloaded
     if stage == 3:  # in parts, however small they are
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "deepspeed.json").write_text(json.dumps(settings))

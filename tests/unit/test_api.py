@@ -85,7 +85,7 @@ def test_arrays_of_another_kind_are_refused(run, image, message):
 
 
 def test_what_is_no_run_or_no_image_is_named(run, tmp_path):
-    with pytest.raises(ConfigError, match="nowhere: not a run directory, for it has no config.yaml"):
+    with pytest.raises(UserError, match="nowhere: not a run directory, for it has no config.yaml"):
         weakclip.load(tmp_path / "nowhere")
     (tmp_path / "a.jpg").write_text("hello")
     network = weakclip.load(run(NO_CRF))

@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 
 from weakclip import labels, pseudo
-from weakclip.checkpoints import weights as stored
-from weakclip.config import ConfigError
 from weakclip.data.index import ShardError
-from weakclip.masks import sliding_window
+from weakclip.masks import sliding_window, writing
 from weakclip.models.weakclip import WeakCLIP
 from weakclip.recipe import save
+from weakclip.runtime.errors import UserError
 from weakclip.stages import STAGES
 
 NO_CRF = "pseudo.crf=null"
@@ -32,18 +31,18 @@ def written(folder) -> dict[str, bytes]:
 
 def test_best_falls_back_to_last_and_a_path_is_itself(tiny_config, weights):
     run, best = tiny_config().run_dir, weights.with_name("best.safetensors")
-    assert stored.find(run, "best") == stored.find(run, "last") == weights
+    assert run.find_weights("best") == run.find_weights("last") == weights
     best.touch()
-    assert stored.find(run, "best") == best and stored.find(run, "last") == weights
-    assert stored.find(run, str(best)) == best
+    assert run.find_weights("best") == best and run.find_weights("last") == weights
+    assert run.find_weights(str(best)) == best
 
 
 @pytest.mark.parametrize(
     "choice, named", [("best", "last.safetensors"), ("last", "last.safetensors"), ("there/w.st", "there/w.st")]
 )
 def test_missing_weights_name_the_file(tiny_config, choice, named):
-    with pytest.raises(ConfigError, match=f"--weights {choice}: .*{named} does not exist; train first, or set run"):
-        stored.find(tiny_config().run_dir, choice)
+    with pytest.raises(UserError, match=f"--weights {choice}: .*{named} does not exist; train first, or set run"):
+        tiny_config().run_dir.find_weights(choice)
 
 
 def test_masks_of_a_set_are_palette_pictures_of_the_images_sizes(tiny_config, tiny_model, weights, shards, tmp_path):
@@ -94,7 +93,7 @@ def test_many_masks_on_a_gpu_are_made_by_a_compiled_network(
     used = []
     predictor = tiny_model().predictor()._replace(device=torch.device(device))
     monkeypatch.setattr(WeakCLIP, "predictor", lambda _model: predictor)
-    monkeypatch.setattr(pseudo, "write_part", lambda load_predictor, *_: used.append(load_predictor(images)))
+    monkeypatch.setattr(writing, "write_part", lambda load_predictor, *_: used.append(load_predictor(images)))
     pseudo.run(tiny_config(f"train.compile={setting}"), str(shards.root), weights, tmp_path / "out")
     assert [predictor.compiled for predictor in used] == [compiled]
 

@@ -20,9 +20,9 @@ from weakclip.networks.wrappers import build_classification
 
 
 def maker(config: Config, labelled: Index) -> tuple[Callable[[DecodedSample], Cam], dict[str, Any]]:
-    """Return the function that makes the CAM of a sample, and {} for build.json. Raises ConfigError without trained weights."""
+    """Return the function that makes the CAM of a sample, and {} for build.json. Raises UserError without trained weights."""
     model = build_classification(config, len(labelled.classes), pretrained=False)
-    network = weights.load_into(model, weights.find(config.run_dir.classifier, "last")).network
+    network = weights.load_into(model, config.run_dir.classifier.find_weights("last")).network
     return lambda sample: cam_of(network, sample, config), {}
 
 

@@ -12,26 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from weakclip.checkpoints import state_dict, weight_files
-from weakclip.config import ConfigError
 from weakclip.runtime.atomic import write_whole
-from weakclip.runtime.run_dir import RunDir
 
 OTHER_CONFIG = "use the config that these weights were trained with"
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-def find(run: RunDir, choice: str) -> Path:
-    """Return the file that `choice` names: "best" or "last" of the run, or a path. Without validation, best is last.
-
-    Raises ConfigError when it does not exist.
-    """
-    candidates = {"best": run.best_weights(), "last": run.weights("last")}
-    path = candidates[choice] if choice in candidates else Path(choice)
-    if path is None or not path.is_file():
-        missing = path or run.weights("last")
-        raise ConfigError(f"--weights {choice}: {missing} does not exist; train first, or set run to a run that has weights")
-    return path
 
 
 def load_into(model: Module, path: Path) -> Module:

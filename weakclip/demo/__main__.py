@@ -8,14 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from weakclip import cli
-from weakclip.demo import pipeline
+from weakclip import cli, registry
 from weakclip.runtime.tables import Table
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(prog="weakclip demo", description="Run the whole pipeline on a synthetic world.")
     config, _ = cli.parse_config(parser, arguments)
+    pipeline = registry.load("weakclip.demo.pipeline")
     start, stages = time.monotonic(), pipeline.Stages()
     scores = pipeline.run(config, stages)
     print(f"{pipeline.table(scores)}\n")

@@ -15,7 +15,6 @@ from PIL import Image
 
 from weakclip import labels, pseudo
 from weakclip.cams import make
-from weakclip.checkpoints import weights
 from weakclip.config import Config, CrfConfig
 from weakclip.data.codecs import encode_mask_png
 from weakclip.data.index import Index, open_index
@@ -32,6 +31,7 @@ from weakclip.runtime.atomic import write_whole
 from weakclip.runtime.tables import Table, spread
 from weakclip.training import jobs
 from weakclip.training.claim import claim
+from weakclip.training.data import TrainingData
 from weakclip.training.loop import train
 from weakclip.training.world import World
 
@@ -84,7 +84,7 @@ def run(config: Config, stage: Stages) -> dict[str, float]:
         make.run(config, part=None)
     seen = open_index(config.data.train, job.names)
     with stage(f"training WeakCLIP, {config.train.steps} steps"):
-        train(job, World.join(), resume=True)
+        train(job, TrainingData.open(job), World.join(), resume=True)
     with stage("scoring the CAMs"):
         baselines = Baselines.of(_samples(config, seen), seen, crf_settings(config), config.pseudo.processes)
     scores = {"cam": baselines.cam, "cam_crf": baselines.cam_crf}
@@ -102,7 +102,7 @@ def mask_scores(config: Config, index: Index, folder: Path, row: str) -> dict[st
     """Write the last weights' masks of a shard set without and with the CRF, to `row` and `row`_crf. Returns mIoU (%)."""
     plain, refined = folder / row, folder / f"{row}_crf"
     settings = replace(config, pseudo=replace(config.pseudo, crf=crf_settings(config), soft=True))
-    pseudo.run(settings, str(index.root), weights.find(config.run_dir, "last"), refined)
+    pseudo.run(settings, str(index.root), config.run_dir.find_weights("last"), refined)
     plain.mkdir(exist_ok=True)
     for entry in index.entries:
         mask_folder.save(mask_folder.read_soft(refined, entry.name), mask_folder.mask_path(plain, entry.name))

@@ -259,7 +259,7 @@ def _which_classes(path: Path, K: int) -> str:
 
 def _read_run(folder: Path) -> Checkpoint:
     config = recipe.load_saved(RunDir(folder))
-    model = load_weakclip(config, weights.find(RunDir(folder), "best")).cpu()
+    model = load_weakclip(config, RunDir(folder).find_weights("best")).cpu()
     names = labels.class_names(config.classes)
     meta = metadata(model.clip.architecture, config.clip.double_class_embedding, names, config.matching.extra_names)
     return Checkpoint(of_model(model), meta)

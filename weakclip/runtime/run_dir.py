@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from weakclip.runtime.errors import UserError
+
 _RETRAIN = "retrain"
 
 ON_SEEDS = "-seeds"
@@ -24,6 +26,14 @@ class RunDir:
 
     def __str__(self) -> str:
         return str(self.root)
+
+    @classmethod
+    def existing(cls, root: str | Path) -> RunDir:
+        """Return the run directory `root`. Raises UserError where none is."""
+        run = cls(Path(root))
+        if not run.config.is_file():
+            raise UserError(f"{run}: not a run directory, for it has no {run.config.name}")
+        return run
 
     @property
     def config(self) -> Path:
@@ -83,6 +93,18 @@ class RunDir:
     def best_weights(self) -> Path | None:
         """Return the weights with the best validation score, or without validation the last ones; None if neither file exists."""
         return next((path for path in (self.weights("best"), self.weights("last")) if path.is_file()), None)
+
+    def find_weights(self, choice: str) -> Path:
+        """Return the file that `choice` names: "best" or "last" of the run, or a path. Without validation, best is last.
+
+        Raises UserError when it does not exist.
+        """
+        candidates = {"best": self.best_weights(), "last": self.weights("last")}
+        path = candidates[choice] if choice in candidates else Path(choice)
+        if path is None or not path.is_file():
+            missing = path or self.weights("last")
+            raise UserError(f"--weights {choice}: {missing} does not exist; train first, or set run to a run that has weights")
+        return path
 
     def checkpoint(self, step: int) -> Path:
         """Return the checkpoint of a step, from which --resume auto resumes on any number of ranks."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from weakclip.checkpoints import state_dict, weight_files, weights
-from weakclip.config import ConfigError, OptimConfig, TrainConfig
+from weakclip.config import ConfigError, OptimConfig
 from weakclip.data.photometric import distort
 from weakclip.data.stream import Batch
 from weakclip.models.interface import Targets, Trained
@@ -21,6 +19,7 @@ from weakclip.runtime import compilation
 from weakclip.runtime.atomic import write_whole
 from weakclip.runtime.run_dir import RunDir
 from weakclip.training import optimizer_state
+from weakclip.training.deepspeed_settings import deepspeed_settings
 from weakclip.training.jobs import Job
 from weakclip.training.sync_batchnorm import synchronise
 from weakclip.training.world import World, deepspeed
@@ -162,25 +161,3 @@ class Engine:
     @property
     def _stage(self) -> int:
         return self._engine.zero_optimization_stage()
-
-
-def deepspeed_settings(train: TrainConfig, optim: OptimConfig) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: the file `train.deepspeed`, completed with the settings of our config.
-
-    Raises ConfigError when the file is missing, is not JSON, or sets a key that our config sets.
-    """
-    path = Path(train.deepspeed)
-    ours = {
-        "train_micro_batch_size_per_gpu": train.batch,
-        "gradient_accumulation_steps": train.accumulate,
-        "gradient_clipping": optim.clip_grad,
-    }
-    try:
-        settings = json.loads(path.read_text())
-        stage = settings["zero_optimization"]["stage"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"train.deepspeed: {path} is not DeepSpeed JSON with zero_optimization.stage ({error!r})") from error
-    taken = [key for key in (*ours, "train_batch_size", "optimizer", "scheduler", "bf16", "fp16") if key in settings]
-    if taken or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"train.deepspeed: {path} sets {', '.join(taken) or f'stage {stage}'}; set it in the recipe instead")
-    return settings | ours

@@ -8,12 +8,14 @@ from itertools import islice
 
 import torch
 
-from weakclip.data.index import Index, open_index
+from weakclip.data.index import Index
 from weakclip.data.stream import StreamSettings, training_batches
 from weakclip.runtime import lock, log
 from weakclip.runtime.errors import is_user_error
 from weakclip.runtime.signals import Interrupted
 from weakclip.training.claim import claim, claim_data
+from weakclip.training.data import TrainingData
+from weakclip.training.deepspeed_settings import deepspeed_settings
 from weakclip.training.engine import Engine
 from weakclip.training.feeding import on_device
 from weakclip.training.interruption import Interruption
@@ -24,30 +26,27 @@ from weakclip.training.validation import validate
 from weakclip.training.world import World
 
 
-def train(job: Job, world: World, resume: bool = False) -> None:
-    """Run a training job on all ranks. resume: start from the newest checkpoint, if there is one.
+def train(job: Job, data: TrainingData, world: World, resume: bool = False) -> None:
+    """Run a training job on all ranks. data: its shard sets. resume: start from the newest checkpoint, if there is one.
 
     Raises UserError for mistakes of the user, Interrupted when a signal stops the training.
     """
     try:
-        _train(job, world, resume)
+        _train(task_of(job), data, world, resume)
     finally:
         if world.rank == 0:
             lock.release(job.run)
 
 
-def _train(job: Job, world: World, resume: bool) -> None:
-    task, data, names = task_of(job), job.data, job.names
-    index = open_index(data.train, names, data)
-    mixed = [open_index(path, names, data) for path in data.mix]
-    validation = open_index(data.val, names, data) if data.val else None
-    _claim(task, world, resume, (index, *mixed))
-    with log.to_file(job.run.log(world.rank), world.rank):
-        _run(task, world, resume, index, mixed, validation)
+def _train(task: Task, data: TrainingData, world: World, resume: bool) -> None:
+    deepspeed_settings(task.job.train, task.job.optim)  # a mistake in its file is found before the run directory is made
+    _claim(task, world, resume, data.sets)
+    with log.to_file(task.job.run.log(world.rank), world.rank):
+        _run(task, data, world, resume)
 
 
-def _run(task: Task, world: World, resume: bool, index: Index, mixed: Sequence[Index], validation: Index | None) -> None:
-    job = task.job
+def _run(task: Task, data: TrainingData, world: World, resume: bool) -> None:
+    job, (index, *mixed) = task.job, data.sets
     torch.manual_seed(job.recipe.seed)
     newest = job.run.checkpoints()[-1:] if resume else []
     engine = Engine(task.build(pretrained=True), job, world, *newest)
@@ -64,7 +63,7 @@ def _run(task: Task, world: World, resume: bool, index: Index, mixed: Sequence[I
             last = engine.step == job.train.steps
             with monitor.pausing():
                 if last or engine.step % job.train.validate_every == 0:
-                    validate(engine, monitor, task, index, validation)
+                    validate(engine, monitor, task, index, data.validation)
                 number = 0 if last else interruption.agreed()
                 if last or number or engine.step % job.train.checkpoint_every == 0:
                     engine.save(job.run)

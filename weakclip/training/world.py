@@ -46,6 +46,10 @@ class World:
         deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
+    def leave(self) -> None:
+        """Leave the other ranks."""
+        dist.destroy_process_group()
+
     def gather(self, item: Any) -> list[Any]:
         """Return `item` of every rank, on every rank."""
         items = [None] * self.ranks

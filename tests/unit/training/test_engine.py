@@ -1,17 +1,16 @@
-"""The learning rate schedule, DeepSpeed's settings and the order of checkpoints; training is an integration test."""
+"""The learning rate schedule, the optimizer and the order of checkpoints; training is an integration test."""
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
 
-from weakclip.config import Config, ConfigError, OptimConfig, RetrainConfig
+from weakclip.config import Config, OptimConfig, RetrainConfig
 from weakclip.networks.wrappers import build_segmentation
 from weakclip.runtime.run_dir import RunDir
-from weakclip.training.engine import deepspeed_settings, learning_rate_factor, make_optimizer
+from weakclip.training.engine import learning_rate_factor, make_optimizer
 
 OPTIM = OptimConfig(lr=1e-4, min_lr=1e-6, warmup=1500)
 
@@ -52,52 +51,6 @@ def test_weight_decay_spares_what_is_no_weight_of_a_layer(optimizer, decay, unde
     head = {id(p) for p in network.network.head_parameters()}
     assert all(group["lr"] == (5.0 if id(p) in head else 0.5) for group in made.param_groups for p in group["params"])
     assert sum(len(group["params"]) for group in made.param_groups) == len([*network.parameters()])
-
-
-@pytest.mark.parametrize("stage", range(4))
-def test_every_deepspeed_file_is_filled_from_the_recipe(repo, tiny_config, stage):
-    config = tiny_config(
-        f"train.deepspeed={repo}/configs/deepspeed/zero{stage}.json", "train.batch=3", "train.accumulate=2", "optim.clip_grad=0.5"
-    )
-    settings = deepspeed_settings(config.train, config.optim)
-    assert settings["zero_optimization"]["stage"] == stage
-    assert settings["train_micro_batch_size_per_gpu"] == 3
-    assert settings["gradient_accumulation_steps"] == 2
-    assert settings["gradient_clipping"] == 0.5
-
-
-def with_file(folder, text: str) -> Config:
-    config = Config()
-    config.train.deepspeed = str(folder / "ds.json")
-    (folder / "ds.json").write_text(text)
-    return config
-
-
-@pytest.mark.parametrize(
-    "key",
-    ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size"]
-    + ["optimizer", "scheduler", "bf16", "fp16"],
-)
-def test_what_the_recipe_sets_may_not_stand_in_deepspeeds_file(tmp_path, key):
-    config = with_file(tmp_path, json.dumps({"zero_optimization": {"stage": 1}, key: 1}))
-    with pytest.raises(ConfigError, match=f"train.deepspeed: .*ds.json sets {key}; set it in the recipe instead"):
-        deepspeed_settings(config.train, config.optim)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"zero_optimization": {}}', '{"zero_optimization": 1}'])
-def test_a_file_that_is_none_of_deepspeeds_is_refused(tmp_path, text):
-    with pytest.raises(ConfigError, match="train.deepspeed: .*ds.json is not DeepSpeed JSON with zero_optimization.stage"):
-        config = with_file(tmp_path, text)
-        deepspeed_settings(config.train, config.optim)
-
-
-def test_a_missing_file_and_an_unknown_stage_are_refused(tmp_path):
-    config = with_file(tmp_path, '{"zero_optimization": {"stage": 4}}')
-    with pytest.raises(ConfigError, match="stage 4"):
-        deepspeed_settings(config.train, config.optim)
-    (tmp_path / "ds.json").unlink()
-    with pytest.raises(ConfigError, match="train.deepspeed: .*ds.json"):
-        deepspeed_settings(config.train, config.optim)
 
 
 def test_checkpoints_are_sorted_by_step_and_unfinished_ones_are_none(tmp_path):
