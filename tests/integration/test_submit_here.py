@@ -44,7 +44,7 @@ def test_all_stages_run_and_a_second_time_are_skipped(submit, finished):
     again = submit(run)
     assert again.returncode == 0 and again.stdout.count("skipped") == 3
     more = submit(run, "train.steps=5")
-    assert "error: pseudo: 5/5 images of an earlier train exist; remove them" in more.stderr
+    assert "was started with other settings (train.steps: 4 -> 5); keep those of" in more.stderr
     assert [path.name for path in RunDir(run).checkpoints()] == ["step-4.safetensors"]
 
 

@@ -198,7 +198,7 @@ def test_a_job_that_slurm_has_forgotten_is_unknown(run, note):
 def test_products_of_another_config_are_said_in_their_place(run, note, tiny_config):
     note("train", "12")
     save(tiny_config("seed=3"), run / "config.yaml")
-    assert rows(run)["train"]["progress"].startswith(f"? (run: {run} was started with another seed, data.train; ")
+    assert rows(run)["train"]["progress"].startswith(f"? (run: {run} was started with other settings (seed: 3 -> 0, data.train: ")
 
 
 def test_processes_of_this_machine_are_seen_without_slurm(run, note):

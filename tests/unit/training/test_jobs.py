@@ -98,7 +98,7 @@ def test_only_what_a_job_is_made_of_must_stay_the_same(config):
     others = replace(config, loss=replace(config.loss, tau=1.0), retrain=replace(config.retrain, test=config.pseudo))
     require_same_settings(jobs.retrain(others))
     changed = replace(config, retrain=replace(config.retrain, backbone="b1"))
-    with pytest.raises(ConfigError, match=r"was started with another retrain.backbone; set it as in"):
+    with pytest.raises(ConfigError, match=r"was started with other settings \(retrain.backbone: b0 -> b1\)"):
         require_same_settings(jobs.retrain(changed))
 
 
@@ -137,7 +137,7 @@ def test_a_retraining_on_seeds_needs_no_pseudo_mask(tiny_config, shards, make_sh
 def test_a_retraining_on_seeds_goes_on_with_the_same_ones_alone(tiny_config):
     claim(jobs.retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds")), resume=False)
     others = jobs.retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds", "seeds.foreground=0.6"))
-    with pytest.raises(ConfigError, match=r"was started with another seeds; set it as in"):
+    with pytest.raises(ConfigError, match=r"was started with other settings \(seeds.foreground: 0.45 -> 0.6\)"):
         require_same_settings(others)
 
 
