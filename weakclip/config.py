@@ -28,6 +28,13 @@ def _require_choice(key: str, value: str | None, choices: Sequence[str]) -> None
     _require(value in choices, f"{key} must be one of {', '.join(choices)}, is {value!r}")
 
 
+def require_whole_patches(key: str, side: int, patch: int) -> None:
+    """Raise ConfigError with the nearest multiples unless `side`, in pixels, is a multiple of a ViT's patch. key: its name."""
+    below = side - side % patch
+    nearest = f"{below} and {below + patch}" if below else f"{patch} and {2 * patch}"
+    _require(below == side, f"{key} is {side}; it must be a multiple of the patch, {patch}: the nearest are {nearest}")
+
+
 @dataclass
 class BuildConfig:
     """What the stage `shards` and `weakclip build` build a shard set from. Paths are directories unless stated otherwise."""

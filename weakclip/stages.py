@@ -24,7 +24,7 @@ from weakclip.registry import CAM_SOURCES
 from weakclip.runtime.run_dir import RunDir, checkpoint_step
 from weakclip.training import jobs
 from weakclip.training.claim import require_same_settings
-from weakclip.training.jobs import JOBS
+from weakclip.training.jobs import JOBS, check_crop
 
 
 class Progress(NamedTuple):
@@ -88,6 +88,7 @@ def _cam_progress(config: Config, _index: Index | None) -> Progress:
 
 def _training_progress(name: str, config: Config, _index: Index | None) -> Progress:
     job = JOBS[name](config)
+    check_crop(job)
     require_same_settings(job)
     saved = [checkpoint_step(path) for path in job.run.checkpoints()]
     return Progress(max(saved, default=0), job.train.steps, "steps")

@@ -125,6 +125,16 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_exactly(
     assert same_as(whole, run)
 
 
+def test_doubtful_settings_are_one_warning_each(train, tmp_path):
+    done = train(2, tmp_path / "run", "train.steps=1", "train.batch=8")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    starts = [
+        "warning: optim.warmup=2 is as long as the training",
+        "warning: a step takes 16 images (train.batch x train.accumulate",
+    ]
+    assert [any(line.startswith(start) for line in lines) for start in starts] == [True, True] and len(lines) == 2
+
+
 def test_what_a_run_leaves_behind(train, shards, tmp_path):
     run = tmp_path / "run"
     train(2, run, f"data.val={shards.root}", "train.steps=4", "train.validate_every=2", "train.checkpoint_every=1")
@@ -194,6 +204,7 @@ def damaged(make_shards, tmp_path):
 
 def test_unreadable_images_are_skipped_and_named(train, damaged, tmp_path):
     done = train(2, tmp_path / "run", f"data.train={damaged.root}", "train.steps=4")
+    assert done.stderr.count("no validation, since data.val is null") == 1 and "validating" not in done.stderr
     for key in ("image_1", "image_5"):
         assert sum(f"{key}: " in line and line.startswith("warning: skipped: ") for line in done.stderr.splitlines()) == 1
     assert metrics(tmp_path / "run", "bad_samples")[4] == 2

@@ -12,7 +12,7 @@ from weakclip import recipe as recipes
 from weakclip.config import ConfigError
 from weakclip.runtime.atomic import write_whole
 from weakclip.runtime.run_dir import RunDir
-from weakclip.training.jobs import Job
+from weakclip.training.jobs import Job, check_crop
 
 MAY_CHANGE = (
     # Where and how fast it is computed. The batch changes with the number of ranks, so that the global batch stays the same.
@@ -44,8 +44,10 @@ MAY_CHANGE = (
 def claim(job: Job, resume: bool) -> None:
     """Create the job's run directory with the resolved recipe in it.
 
-    Raises ConfigError when it holds files that belong to no run, a run without `resume`, or a run with other settings.
+    Raises ConfigError when it holds files that belong to no run, a run without `resume`, or a run with other settings, and for a
+    crop that is no multiple of the patch.
     """
+    check_crop(job)
     run = job.run
     if run.root.exists() and not run.root.is_dir():
         raise ConfigError(f"run: {run} is a file; set run to a directory")

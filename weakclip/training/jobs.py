@@ -5,11 +5,22 @@ Importing this module is light, since login nodes ask for a job's progress. weak
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from weakclip import labels
-from weakclip.config import AugmentConfig, Config, ConfigError, DataConfig, InferenceConfig, OptimConfig, TrainConfig
+from weakclip.checkpoints import clip_files
+from weakclip.config import (
+    AugmentConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    InferenceConfig,
+    OptimConfig,
+    TrainConfig,
+    require_whole_patches,
+)
 from weakclip.masks.mask_folder import MaskSettings
 from weakclip.registry import CAM_SOURCES
 from weakclip.runtime.run_dir import RunDir
@@ -113,6 +124,20 @@ def _check_seeds(recipe: Config) -> None:
         raise ConfigError(
             "seeds.crf: the stage cam computes these seeds, but data.labelled is null; set it, or leave seeds.crf out"
         )
+
+
+def check_crop(job: Job) -> None:
+    """Raise ConfigError for a training crop that is no multiple of the patch, where names in the recipe tell the patch.
+
+    Networks whose names do not tell it are checked when they are built. The other networks take any crop.
+    """
+    patch = None
+    if job.name == "train":
+        patch = clip_files.patch(job.recipe.clip)
+    elif job.name == "classify" and (found := re.search(r"_patch(\d+)", job.recipe.classify.backbone)):
+        patch = int(found[1])
+    if patch is not None:
+        require_whole_patches("augment.crop" if job.name == "train" else "classify.augment.crop", job.augment.crop, patch)
 
 
 JOBS: dict[str, Callable[[Config], Job]] = {"classify": classify, "train": refine, "retrain": retrain}

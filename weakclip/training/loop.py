@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing
 from itertools import islice
@@ -14,6 +15,7 @@ from weakclip.runtime import lock, log
 from weakclip.runtime.errors import is_user_error
 from weakclip.runtime.signals import Interrupted
 from weakclip.training.claim import claim, claim_data
+from weakclip.training.doubts import doubts
 from weakclip.training.engine import Engine
 from weakclip.training.feeding import on_device
 from weakclip.training.interruption import Interruption
@@ -22,6 +24,8 @@ from weakclip.training.monitor import Monitor
 from weakclip.training.tasks import Task, task_of
 from weakclip.training.validation import validate
 from weakclip.training.world import World
+
+_log = logging.getLogger(__name__)
 
 
 def train(job: Job, world: World, resume: bool = False) -> None:
@@ -51,6 +55,8 @@ def _run(task: Task, world: World, resume: bool, index: Index, mixed: Sequence[I
     torch.manual_seed(job.recipe.seed)
     newest = job.run.checkpoints()[-1:] if resume else []
     engine = Engine(task.build(pretrained=True), job, world, *newest)
+    if world.rank == 0:
+        _announce(job, engine, sum(len(each.entries) for each in (index, *mixed)), validation)
     interruption = Interruption()
     settings = StreamSettings(job.data, job.augment, job.recipe.seed, job.train.batch)
     stream = training_batches(index, settings, task.target, engine.consumed, world.rank, world.ranks, mixed)
@@ -70,6 +76,14 @@ def _run(task: Task, world: World, resume: bool, index: Index, mixed: Sequence[I
                     engine.save(job.run)
             if number:
                 raise Interrupted(number, engine.step)
+
+
+def _announce(job: Job, engine: Engine, samples: int, validation: Index | None) -> None:
+    """Log what may surprise about a training. samples: of all its training sets."""
+    for line in doubts(job, samples, engine.world.ranks, engine.step, engine.consumed):
+        _log.warning(line)
+    if validation is None and job.name != "classify":  # which is never validated
+        _log.info("no validation, since data.val is null: the last weights count as the best")
 
 
 def _claim(task: Task, world: World, resume: bool, data: Sequence[Index]) -> None:

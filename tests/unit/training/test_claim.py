@@ -26,6 +26,13 @@ def test_a_new_run_is_made_with_its_resolved_config(tiny_config, tmp_path):
     assert load(tmp_path / "a/b/config.yaml") == config
 
 
+def test_a_crop_that_is_no_multiple_of_the_patch_claims_nothing(tiny_config, tmp_path):
+    message = "augment.crop is 100; it must be a multiple of the patch, 16: the nearest are 96 and 112"
+    with pytest.raises(ConfigError, match=message):
+        claim(tiny_config("augment.crop=100"), resume=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_empty_directory_is_taken_and_resume_begins_where_there_is_nothing(tiny_config, tmp_path):
     (tmp_path / "run").mkdir()
     claim(tiny_config(), resume=True)
