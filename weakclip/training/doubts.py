@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from weakclip.checkpoints import clip_files
 from weakclip.training.jobs import Job
 
 
@@ -14,6 +15,9 @@ def doubts(job: Job, samples: int, ranks: int, step: int = 0, consumed: int = 0)
     batch = train.batch * train.accumulate * ranks
     product = f"{ours}train.batch x {ours}train.accumulate x ranks"
     lines = []
+    if job.name == "train" and job.recipe.decoder.score_map:
+        unknown = clip_files.words_unknown_to_the_demo(job.recipe.clip, job.names)
+        lines += [unknown] if unknown else []
     if job.optim.warmup >= train.steps:
         lines.append(
             f"{ours}optim.warmup={job.optim.warmup} is as long as the training ({ours}train.steps={train.steps}), so the "

@@ -31,6 +31,15 @@ def test_a_global_batch_that_changed_when_the_run_was_resumed(tiny_config):
     assert line.startswith("a step takes 2 images (train.batch x train.accumulate x ranks), but took 4 up to step 10")
 
 
+def test_classes_that_the_demos_clip_does_not_know(tiny_config):
+    demo = (*SOUND, "clip.pretrained=demo")
+    (line,) = doubts(jobs.refine(tiny_config(*demo, "classes=voc")), samples=100, ranks=1)
+    assert line.startswith("clip.pretrained=demo: this CLIP knows the words of the demo's synthetic world only, not 'aeroplane'")
+    assert doubts(jobs.refine(tiny_config(*demo)), samples=100, ranks=1) == []  # cat, dog, cow
+    untexted = (*demo, "classes=voc", "decoder.score_map=false", "loss.weights.auxiliary=0")
+    assert doubts(jobs.refine(tiny_config(*untexted)), samples=100, ranks=1) == []
+
+
 def test_the_keys_are_those_of_the_job(tiny_config):
     job = jobs.retrain(tiny_config("retrain.network=segformer", "retrain.train.steps=9", "retrain.optim.warmup=9"))
     warmup, batch = doubts(job, samples=1, ranks=1)
