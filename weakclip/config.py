@@ -424,7 +424,8 @@ class InferenceConfig:
     crf: CrfConfig | None = field(default_factory=CrfConfig)
     """Dense CRF at full resolution; null: none."""
     restrict_to_labels: bool = False
-    """Zero the probability of classes that the image's labels exclude (training images only)."""
+    """Zero the probability of classes that the image's labels exclude (training images only). Without it, the stage `pseudo`
+    counts the images in whose masks such classes appear."""
     soft: bool = False
     """Also write the probabilities before the CRF: KEY.npz next to KEY.png."""
     processes: int | None = None

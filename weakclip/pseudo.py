@@ -5,6 +5,7 @@ weakclip pseudo --config configs/voc.yaml [--weights best] [--data DIR] [--shard
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from weakclip.masks.writing import write_part
 from weakclip.training import jobs
 from weakclip.training.jobs import Job
 from weakclip.training.tasks import task_of
+
+_log = logging.getLogger(__name__)
 
 COMPILED_FROM = 1000
 """Number of images from which compiling pays: it takes a minute or two, and saved 0.08 s an image in an experiment on an H100."""
@@ -35,9 +38,19 @@ def run_part(config: Config, part: str | None) -> None:
 
 
 def write(job: Job, index: Index, part: str | None, weights: Path, out: Path) -> None:
-    """Write the masks of the shards "A:B" by the network of a job into `out`; existing masks are kept."""
+    """Write the masks of the shards "A:B" by the network of a job into `out`; existing masks are kept.
+
+    It counts those masks of WeakCLIP that have a class which their image is not labelled with.
+    """
     predictor = partial(_predictor, job, weights)
-    write_part(predictor, job.mask_settings, index, part, weights, out, job.run.tensorboard)
+    made = write_part(predictor, job.mask_settings, index, part, weights, out, job.run.tensorboard)
+    if made and made.with_unlabelled_class and job.name == "train":
+        _log.info(
+            "masks of %d of %d labelled images have a class that the image is not labelled with; pseudo.restrict_to_labels=true "
+            "gives such pixels to the image's labels or the background",
+            made.with_unlabelled_class,
+            made.labelled,
+        )
 
 
 def _predictor(job: Job, weights: Path, images: int) -> Predictor:
