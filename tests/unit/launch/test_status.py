@@ -89,10 +89,8 @@ def says(folder: Path, name: str, text: str, time: int = 1000) -> None:
 def test_a_run_without_jobs_is_one_clear_line(run, capsys):
     with pytest.raises(SystemExit, match="1"):
         cli.run(status.main, [str(run)])
-    message = (
-        f"{run}: holds no training, and no job was submitted for it; pass the value of `run`, or start one with: weakclip submit"
-    )
-    assert capsys.readouterr().err == f"error: {message}\n"
+    message = "holds no training, and no job was submitted for it; pass the value of `run`, or start it: weakclip submit"
+    assert capsys.readouterr().err == f"error: {run}: {message}\n"
 
 
 def test_the_table_is_printed(run, note, slurm, capsys):
