@@ -6,17 +6,17 @@ weakclip fidelity DIR
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from weakclip import cli
 from weakclip.checkpoints import state_dict
 from weakclip.evaluation.fidelity import compare, table
+from weakclip.runtime.command_line import input_folder
 from weakclip.runtime.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(prog="weakclip fidelity", description="Compare with the released code's numbers.")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="golden directory that a run of the released code wrote")
+    parser.add_argument("folder", metavar="DIR", type=input_folder, help="golden directory that a run of the released code wrote")
     rows = list(compare(parser.parse_args(arguments).folder))
     print(table(rows))
     if failed := [row.name for row in rows if not row.passed]:

@@ -16,6 +16,7 @@ from weakclip.config import Config
 from weakclip.data.index import Index, open_index
 from weakclip.masks.sliding_window import Predictor
 from weakclip.masks.writing import write_part
+from weakclip.runtime.command_line import output_folder, shard_set
 from weakclip.training import jobs
 from weakclip.training.jobs import Job
 from weakclip.training.tasks import task_of
@@ -65,11 +66,11 @@ def _predictor(job: Job, weights: Path, images: int) -> Predictor:
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(prog="weakclip pseudo", description="Write pseudo masks.")
     parser.add_argument("--weights", default="best", metavar="best|last|FILE", help="which weights (default: best)")
-    parser.add_argument("--data", metavar="DIR", help="shard set (default: data.train)")
+    parser.add_argument("--data", type=shard_set, metavar="DIR", help="shard set (default: data.train)")
     parser.add_argument("--shards", metavar="N|A:B", help="only these shards of it")
-    parser.add_argument("--out", metavar="DIR", help="where the masks go (default: RUN/pseudo)")
+    parser.add_argument("--out", type=output_folder, metavar="DIR", help="where the masks go (default: RUN/pseudo)")
     config, options = cli.parse_config(parser, arguments)
-    out = Path(options.out or config.run_dir.pseudo)
+    out = options.out or config.run_dir.pseudo
     run(config, options.data or config.data.train, stored.find(config.run_dir, options.weights), out, options.shards)
     print(f"masks: {out}")
 
