@@ -398,4 +398,5 @@ def test_slurms_words_are_one_line_at_the_submission_too(command, capsys, progra
 
 def test_a_machine_without_slurm_says_so(command, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "No such file or directory: 'sbatch'" in refused(capsys, command("train"))
+    message = "--cluster slurm: this machine has no sbatch; submit from a login node, or use --cluster local"
+    assert message in refused(capsys, command("train"))
