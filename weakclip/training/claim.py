@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from weakclip.runtime.run_dir import RunDir
 from weakclip.training.jobs import Job, check_crop
 
 MAY_CHANGE = (
-    # Where and how fast it is computed. The batch changes with the number of ranks, so that the global batch stays the same.
+    # Where and how fast it is computed. The batch changes with the number of ranks alone (`require_same_batch`).
     "boundary.engine",
     "train.batch",
     "train.accumulate",
@@ -85,6 +86,29 @@ def require_same_settings(job: Job) -> None:
         raise ConfigError(
             f"run: {job.run} was started with other settings ({', '.join(changed)}); keep those of {job.run.config}, or start "
             "another run with run=NEW; docs/settings.md lists the keys that may change"
+        )
+
+
+def require_same_batch(job: Job, ranks: int) -> None:
+    """Raise ConfigError when another batch or accumulation than the run's changes the global batch of its newest checkpoint.
+
+    Another number of ranks alone may change it, since a requeued job may get other nodes; the training warns of that.
+    """
+    if not job.run.config.is_file() or not (checkpoints := job.run.checkpoints()):
+        return
+    train = attrgetter("train" if job.name == "train" else f"{job.name}.train")
+    before, now = train(recipes.load_saved(job.run)), job.train
+    if (before.batch, before.accumulate) == (now.batch, now.accumulate):
+        return
+    from weakclip.checkpoints import weight_files  # imports torch, and login nodes import this module
+
+    meta = weight_files.read(checkpoints[-1]).meta
+    consumed, step = int(meta["consumed"]), int(meta["step"])
+    if consumed != step * now.batch * now.accumulate * ranks:
+        product = f"{now.batch} x {now.accumulate} x {ranks}"
+        raise ConfigError(
+            f"train.batch x train.accumulate x ranks is {product} images a step, but {job.run} took {consumed / step:.4g}; "
+            "change them so that the product stays, or start another run with run=NEW"
         )
 
 

@@ -14,7 +14,7 @@ from weakclip.data.stream import StreamSettings, training_batches
 from weakclip.runtime import lock, log
 from weakclip.runtime.errors import is_user_error
 from weakclip.runtime.signals import Interrupted
-from weakclip.training.claim import claim, claim_data
+from weakclip.training.claim import claim, claim_data, require_same_batch
 from weakclip.training.doubts import doubts
 from weakclip.training.engine import Engine
 from weakclip.training.feeding import on_device
@@ -93,6 +93,8 @@ def _claim(task: Task, world: World, resume: bool, data: Sequence[Index]) -> Non
         try:
             inputs = [*(index.fingerprint for index in data), *task.inputs(data)]
             lock.check(run)
+            if resume:
+                require_same_batch(task.job, world.ranks)
             claim(task.job, resume)
             lock.take(run)
             claim_data(run, inputs)

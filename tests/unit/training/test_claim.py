@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 import yaml
 
+from weakclip.checkpoints.weights import packed
 from weakclip.config import ConfigError
 from weakclip.recipe import load
 from weakclip.training import jobs
-from weakclip.training.claim import MAY_CHANGE, claim_data, require_same_settings
+from weakclip.training.claim import MAY_CHANGE, claim_data, require_same_batch, require_same_settings
 from weakclip.training.claim import claim as claim_job
 
 
@@ -133,6 +135,36 @@ def test_the_retrained_networks_own_training_is_held_to_the_same_list(tiny_confi
     claim_job(jobs.retrain(tiny_config(*network, "retrain.train.log_every=1", "retrain.test.flip=false", "loss.tau=1")), True)
     with pytest.raises(ConfigError, match=r"\(retrain.optim.lr: 0.0001 -> 0.5\)"):
         claim_job(jobs.retrain(tiny_config(*network, "retrain.optim.lr=0.5")), resume=True)
+
+
+@pytest.fixture
+def saved(tiny_config):
+    """The run after 5 steps of 2 ranks with batches of 4."""
+    job = jobs.refine(tiny_config("train.batch=4"))
+    claim_job(job, resume=False)
+    job.run.checkpoint(5).parent.mkdir()
+    job.run.checkpoint(5).write_bytes(packed({"model/a": torch.zeros(1)}, {"step": "5", "consumed": "40"}))
+
+
+@pytest.mark.parametrize(
+    "overrides, ranks",
+    [(["train.batch=8"], 1), (["train.batch=2", "train.accumulate=2"], 2), (["train.batch=2"], 4), (["train.batch=4"], 1)],
+)
+@pytest.mark.usefixtures("saved")
+def test_the_batch_may_change_with_the_ranks_and_the_ranks_alone(tiny_config, overrides, ranks):
+    require_same_batch(jobs.refine(tiny_config(*overrides)), ranks)
+
+
+@pytest.mark.usefixtures("saved")
+def test_another_global_batch_by_other_settings_is_refused(tiny_config):
+    message = "train.batch x train.accumulate x ranks is 2 x 1 x 2 images a step, but .*run took 8; change them so that"
+    with pytest.raises(ConfigError, match=message):
+        require_same_batch(jobs.refine(tiny_config("train.batch=2")), ranks=2)
+
+
+def test_a_run_without_a_checkpoint_has_no_batch_to_keep(tiny_config):
+    claim(tiny_config("train.batch=4"), resume=False)
+    require_same_batch(jobs.refine(tiny_config("train.batch=2")), ranks=1)
 
 
 def test_the_settings_page_lists_what_may_change(repo):
