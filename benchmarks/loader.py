@@ -43,6 +43,7 @@ from weakclip.datasets.items import Item, load_item
 from weakclip.datasets.writing import build_shards
 from weakclip.labels import COCO
 from weakclip.masks.seeds import seed_mask
+from weakclip.runtime.command_line import output_file
 
 CONTESTANTS = ("published", "ours", "ours, distorted and normalised on the CPU")
 RANKS = 4  # of the published recipe
@@ -222,7 +223,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--consume", type=float, metavar="RATE", help="also time the waits of a training of RATE samples per second"
     )
-    parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--json", type=output_file, help="file to write the results to")
     config, options = cli.parse_config(parser, ["--config", str(repository / "configs" / "coco.yaml"), *arguments])
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -239,6 +240,7 @@ def main(arguments: Sequence[str]) -> None:
             report["waiting_percent"] = waiting(index.root, config, options.consume)
     print(json.dumps(report, indent=2))
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

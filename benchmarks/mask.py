@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +31,7 @@ from weakclip.masks.fallback import likely_classes
 from weakclip.masks.finishing import mask_of
 from weakclip.masks.mask_folder import MaskSettings
 from weakclip.models.weakclip import WeakCLIP
+from weakclip.runtime.command_line import output_file
 
 R = TypeVar("R")
 
@@ -76,13 +76,14 @@ def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3, help="timed masks, after one warm-up")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures")
     config, options = cli.parse_config(parser, arguments)
     if config.clip.model is not None:
         config.clip.pretrained = "none"
     figures = json.dumps(measure(config, torch.device(options.device), options.rounds), indent=1)
     print(figures)
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(figures + "\n")
 
 

@@ -23,6 +23,7 @@ import torch
 
 from weakclip import cli, recipe
 from weakclip.config import ConfigError
+from weakclip.runtime.command_line import output_file
 from weakclip.runtime.tables import Table
 
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks (default: 1 and 2, or 1, 2, 4, 8 GPUs)")
     parser.add_argument("--steps", type=int, default=40, help="steps of each training")
     parser.add_argument("--rounds", type=int, default=3, help="trainings of each, alternating; the table has their medians")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures")
     config, options = cli.parse_config(parser, arguments)
     default = [ranks for ranks in (1, 2, 4, 8) if ranks <= (torch.cuda.device_count() or 2)]
     ranks = options.ranks or default
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     rows = [(number, found, 100 * found / number / one) for number, found in medians.items()]
     print(Table("", ("ranks", "images/s", "efficiency (%)"), rows, digits=2))
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"images_per_s": medians, "all": rates}, indent=1) + "\n")
 
 

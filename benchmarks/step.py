@@ -32,6 +32,7 @@ from weakclip.config import Config
 from weakclip.data.stream import Batch
 from weakclip.models.precision import autocast
 from weakclip.models.weakclip import Output, WeakCLIP
+from weakclip.runtime.command_line import output_file
 from weakclip.training import flops, jobs
 from weakclip.training.engine import Engine
 from weakclip.training.world import World
@@ -171,7 +172,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--tf32", action="store_true", help="let fp32 matrix products use tf32; convolutions do so by torch's default"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures")
     parser.add_argument("--only", choices=("ours", "released"), help="measure one of both and print its figures as JSON")
     config, options = cli.parse_config(parser, arguments)
     config.train.batch = options.batch or config.train.batch
@@ -206,6 +207,7 @@ def main(arguments: list[str]) -> None:
         result["mfu"] = round(operations * result["images_per_s"] / rate, 3)
     print(table(result))
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

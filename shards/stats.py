@@ -5,8 +5,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a checkout need not be installed
 
-from weakclip import cli
-from weakclip.datasets.stats import main
+from weakclip.runtime.environment import run
 
 if __name__ == "__main__":
-    cli.run(main)
+    run("weakclip.datasets.stats:main")

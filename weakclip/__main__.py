@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from weakclip import cli
+from weakclip.runtime import environment
 
 
 def main() -> None:
-    cli.run(cli.main)
+    environment.run("weakclip.cli:main")
 
 
 if __name__ == "__main__":

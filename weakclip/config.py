@@ -28,6 +28,13 @@ def _require_choice(key: str, value: str | None, choices: Sequence[str]) -> None
     _require(value in choices, f"{key} must be one of {', '.join(choices)}, is {value!r}")
 
 
+def require_whole_patches(key: str, side: int, patch: int) -> None:
+    """Raise ConfigError with the nearest multiples unless `side`, in pixels, is a multiple of a ViT's patch. key: its name."""
+    below = side - side % patch
+    nearest = f"{below} and {below + patch}" if below else f"{patch} and {2 * patch}"
+    _require(below == side, f"{key} is {side}; it must be a multiple of the patch, {patch}: the nearest are {nearest}")
+
+
 @dataclass
 class BuildConfig:
     """What the stage `shards` and `weakclip build` build a shard set from. Paths are directories unless stated otherwise."""
@@ -427,7 +434,8 @@ class InferenceConfig:
     crf: CrfConfig | None = field(default_factory=CrfConfig)
     """Dense CRF at full resolution; null: none."""
     restrict_to_labels: bool = False
-    """Zero the probability of classes that the image's labels exclude (training images only)."""
+    """Zero the probability of classes that the image's labels exclude (training images only). Without it, the stage `pseudo`
+    counts the images in whose masks such classes appear."""
     soft: bool = False
     """Also write the probabilities before the CRF: NAME.npz next to NAME.png."""
     processes: int | None = None

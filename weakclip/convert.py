@@ -13,6 +13,7 @@ from pathlib import Path
 
 from weakclip import cli, registry
 from weakclip.config import ConfigError
+from weakclip.runtime.command_line import output_file
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -20,13 +21,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "source", metavar="IN", type=Path, help="released .pth, OpenAI's .pt, a run's directory, our .safetensors"
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help=".safetensors: ours; .pth: the released layout")
+    parser.add_argument("out", metavar="OUT", type=output_file, help=".safetensors: ours; .pth: the released layout")
     parser.add_argument("--classes", metavar="NAME|FILE", help="voc, coco or a file of names, where K is ambiguous")
     options = parser.parse_args(arguments)
     if options.out.suffix not in (".safetensors", ".pth"):
         raise ConfigError(f"{options.out}: must end in .safetensors (our format) or .pth (the released layout)")
     released = registry.load("weakclip.models.released")
     checkpoint = released.read(options.source, options.classes)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     released.write(checkpoint, options.out)
     print("\n".join((released.summary(checkpoint.ours), *checkpoint.notes, f"written: {options.out}")))
 

@@ -20,6 +20,7 @@ from weakclip.evaluation.metrics import Scores
 from weakclip.evaluation.score_files import Scored
 from weakclip.evaluation.scoring import best_cam_threshold, cam_crf_counts, count, score, seed_scores
 from weakclip.masks import mask_folder
+from weakclip.runtime.command_line import input_folder, output_file, shard_set
 
 
 def run(config: Config, what: str, data: str, shards: str | None, folder: Path) -> Scores:
@@ -72,14 +73,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--what", choices=("masks", "seeds", "cam", "cam_crf"), default="masks", help="what to score (default: masks)"
     )
-    parser.add_argument("--masks", metavar="DIR", help="folder of NAME.png (default: RUN/pseudo)")
-    parser.add_argument("--data", metavar="DIR", help="shard set with ground-truth masks (default: data.train)")
+    parser.add_argument("--masks", type=input_folder, metavar="DIR", help="folder of NAME.png (default: RUN/pseudo)")
+    parser.add_argument("--data", type=shard_set, metavar="DIR", help="shard set with ground-truth masks (default: data.train)")
     parser.add_argument("--shards", metavar="N|A:B", help="only these shards of it")
-    parser.add_argument("--out", metavar="FILE", help="JSON to write (default: RUN/scores-WHAT.json)")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="JSON to write (default: RUN/scores-WHAT.json)")
     config, options = cli.parse_config(parser, arguments)
-    folder = Path(options.masks or config.run_dir.pseudo)
+    folder = options.masks or config.run_dir.pseudo
     found = run(config, options.what, options.data or config.data.train, options.shards, folder)
-    out = Path(options.out or config.run_dir.scores(options.what))
+    out = options.out or config.run_dir.scores(options.what)
     score_files.write(found, mask_folder.read_provenance(folder) if options.what == "masks" else None, out)
     print(found.table())
     print(f"written: {out}")

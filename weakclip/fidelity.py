@@ -6,15 +6,15 @@ weakclip fidelity DIR
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from weakclip import cli, registry
+from weakclip.runtime.command_line import input_folder
 from weakclip.runtime.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(prog="weakclip fidelity", description="Compare with the released code's numbers.")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="golden directory that a run of the released code wrote")
+    parser.add_argument("folder", metavar="DIR", type=input_folder, help="golden directory that a run of the released code wrote")
     folder = parser.parse_args(arguments).folder
     fidelity = registry.load("weakclip.evaluation.fidelity")
     rows = list(fidelity.compare(folder))

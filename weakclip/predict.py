@@ -20,7 +20,7 @@ from weakclip.config import EXIF, ConfigError
 from weakclip.datasets.files import find_images, name_of
 from weakclip.evaluation import visualize
 from weakclip.masks import mask_folder
-from weakclip.runtime.command_line import Parser, run
+from weakclip.runtime.command_line import Parser, output_folder, run
 from weakclip.runtime.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--weights", default="best", metavar="best|last|FILE", help="which weights (default: best)")
     parser.add_argument("--labels", metavar="NAME,...", help="the classes that all of the images show (default: any)")
     parser.add_argument("--exif", choices=EXIF, help="how photos with an EXIF orientation are used (default: as in the recipe)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: RUN/predictions)")
+    parser.add_argument("--out", type=output_folder, metavar="DIR", help="where the results go (default: RUN/predictions)")
     options = parser.parse_args(arguments)
     labels = options.labels.split(",") if options.labels else None
     place = RunDir.existing(options.run)

@@ -24,7 +24,7 @@ from weakclip.registry import CAM_SOURCES
 from weakclip.runtime.run_dir import RunDir, checkpoint_step
 from weakclip.training import jobs
 from weakclip.training.claim import require_same_settings
-from weakclip.training.jobs import JOBS
+from weakclip.training.jobs import JOBS, check_crop
 
 
 class Progress(NamedTuple):
@@ -52,6 +52,8 @@ class Stage:
     progress: Callable[[Config, Index | None], Progress]
     """(config, training shards or None before they are built) -> progress. Raises ConfigError where results of another config
     are in the way."""
+    products: Callable[[Config], dict[str, Path]]
+    """config -> what it makes, such as masks, and where."""
     runner: str | None = None
     """Import path of its function (config, part), for a stage whose array of tasks shares the shards; None: one job of ranks that
     train together."""
@@ -88,6 +90,7 @@ def _cam_progress(config: Config, _index: Index | None) -> Progress:
 
 def _training_progress(name: str, config: Config, _index: Index | None) -> Progress:
     job = JOBS[name](config)
+    check_crop(job)
     require_same_settings(job)
     saved = [checkpoint_step(path) for path in job.run.checkpoints()]
     return Progress(max(saved, default=0), job.train.steps, "steps")
@@ -124,17 +127,48 @@ def _test_progress(config: Config, _index: Index | None) -> Progress:
     return Progress(*place.done(Index.load(config.data.val, config.data)), "shards")
 
 
+def _training_products(name: str, config: Config) -> dict[str, Path]:
+    run = JOBS[name](config).run
+    return {"weights": run.best_weights() or run.weights("last")}
+
+
+def _test_products(config: Config) -> dict[str, Path]:
+    place = Scored.predicted(jobs.retrain(config).run, "val")
+    return {"masks": place.masks, "scores": place.whole}
+
+
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("shards", "labelled", _shards_progress, "weakclip.datasets.build:run_part", gpus=False),
-        Stage("classify", "labelled", partial(_training_progress, "classify")),
-        Stage("cam", "labelled", _cam_progress, "weakclip.cams.make:run"),
-        Stage("train", "train", partial(_training_progress, "train")),
-        Stage("pseudo", "train", _pseudo_progress, "weakclip.pseudo:run_part"),
-        Stage("retrain", "train", partial(_training_progress, "retrain")),
-        Stage("test", "val", _test_progress, "weakclip.test:run"),
-        Stage("evaluate", "train", _evaluate_progress, "weakclip.evaluate:run_part", gpus=False, overwrites=True),
+        Stage(
+            "shards",
+            "labelled",
+            _shards_progress,
+            lambda config: {"shards": Path(config.data.built)},
+            "weakclip.datasets.build:run_part",
+            gpus=False,
+        ),
+        Stage("classify", "labelled", partial(_training_progress, "classify"), partial(_training_products, "classify")),
+        Stage(
+            "cam",
+            "labelled",
+            _cam_progress,
+            lambda config: {"shards with CAMs": Path(config.data.train)},
+            "weakclip.cams.make:run",
+        ),
+        Stage("train", "train", partial(_training_progress, "train"), partial(_training_products, "train")),
+        Stage("pseudo", "train", _pseudo_progress, lambda config: {"masks": config.run_dir.pseudo}, "weakclip.pseudo:run_part"),
+        Stage("retrain", "train", partial(_training_progress, "retrain"), partial(_training_products, "retrain")),
+        Stage("test", "val", _test_progress, _test_products, "weakclip.test:run"),
+        Stage(
+            "evaluate",
+            "train",
+            _evaluate_progress,
+            lambda config: {"scores": Scored.pseudo(config.run_dir).whole},
+            "weakclip.evaluate:run_part",
+            gpus=False,
+            overwrites=True,
+        ),
     )
 }
 """Stages by name, in the order of the chain: each needs all before it."""

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 from weakclip import cli
 from weakclip.recipe import Sweep, SweepTask
 from weakclip.runtime.atomic import write_whole
+from weakclip.runtime.command_line import output_file
 from weakclip.runtime.errors import UserError
 from weakclip.runtime.tables import Table, spread
 from weakclip.runtime.workers import cores
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("sweep", metavar="FILE", help="such as configs/sweeps/prompts.yaml")
     parser.add_argument("--run", metavar="MODULE", help="run tasks without scores here, by this module, such as weakclip.demo")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="tasks that run at the same time (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores of all runs that have some, by task name")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write the scores of the runs that have some, by task")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error("--jobs must be 1 or more")
@@ -122,6 +122,7 @@ def main(arguments: Sequence[str]) -> None:
             print(f"\n{results(sweep)}")
         if options.json:
             scores = {task.name: scores_of(task) for task in sweep.tasks if scores_of(task)}
+            options.json.parent.mkdir(parents=True, exist_ok=True)
             write_whole(options.json, json.dumps(scores, indent=1) + "\n")
 
 

@@ -18,6 +18,7 @@ from weakclip.data.reading import load
 from weakclip.evaluation.score_files import Scored
 from weakclip.masks import mask_folder
 from weakclip.runtime.atomic import whole
+from weakclip.runtime.command_line import output_file, shard_set
 from weakclip.training import jobs
 from weakclip.training.jobs import Job
 
@@ -47,6 +48,7 @@ def run(config: Config, part: str | None) -> None:
 
 def write_archive(folder: Path, entries: Iterable[Entry], path: Path) -> None:
     """Write the masks of `entries` as the tar that VOC's evaluation server takes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as unfinished, tarfile.open(unfinished, "x") as tar:
         for entry in entries:
             mask_folder.read(folder, entry.name)  # raises an error naming a damaged mask
@@ -59,10 +61,10 @@ def write_archive(folder: Path, entries: Iterable[Entry], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(prog="weakclip test", description="Test the retrained network.")
     parser.add_argument("--weights", default="best", metavar="best|last|FILE", help="which weights (default: best)")
-    parser.add_argument("--data", metavar="DIR", help="shard set (default: data.val)")
+    parser.add_argument("--data", type=shard_set, metavar="DIR", help="shard set (default: data.val)")
     parser.add_argument("--split", default="val", metavar="NAME", help="its name: masks-NAME, scores-NAME.json (default: val)")
     parser.add_argument("--shards", metavar="N|A:B", help="only these shards of it")
-    parser.add_argument("--archive", type=Path, metavar="FILE", help="tar to write for VOC's evaluation server")
+    parser.add_argument("--archive", type=output_file, metavar="FILE", help="tar to write for VOC's evaluation server")
     config, options = cli.parse_config(parser, arguments)
     job = jobs.retrain(config)
     index = open_data(job, options.data)

@@ -39,7 +39,7 @@ def test_the_demo_scores_cams_and_weakclip_on_seen_and_unseen_images(launch, tmp
     again = demo(launch, run)  # finished work is kept
     assert json.loads((run / "scores.json").read_text()) == scores
     assert "labelled: " in done.stderr and "labelled: " not in again.stderr
-    with pytest.raises(AssertionError, match="was started with another demo"):
+    with pytest.raises(AssertionError, match="was started with other settings .demo.seed: 0 -> 1.; keep those of"):
         demo(launch, run, "demo.seed=1")
 
 

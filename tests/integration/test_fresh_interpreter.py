@@ -19,6 +19,24 @@ def test_a_command_fails_with_one_line_on_stderr(tmp_path):
     assert done.stderr == "error: nowhere.yaml: no such config file\n"
 
 
+SCRIPTS = sorted(str(path.relative_to(REPO)) for folder in ("launch", "shards") for path in (REPO / folder).glob("*.py"))
+
+
+@pytest.mark.parametrize("command", [*([script] for script in SCRIPTS), ["-m", "weakclip", "status"]], ids=" ".join)
+def test_outside_its_environment_a_command_says_to_activate_it(command):
+    without_libraries = [sys.executable, "-E", "-S", *command, "runs/voc"]
+    done = subprocess.run(without_libraries, capture_output=True, text=True, cwd=REPO)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {sys.executable} has no module '") and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("; activate the environment of the package first, such as with . .venv/bin/activate\n")
+
+
+def test_a_missing_module_of_our_own_is_a_bug():
+    program = "from weakclip.runtime.environment import run; run('weakclip.absent:main')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "No module named 'weakclip.absent'" in done.stderr
+
+
 def test_a_bug_keeps_its_traceback_in_the_terminal():
     program = "import numpy as np; from weakclip import cli; cli.run(lambda _: np.zeros(2) + np.zeros(3), [])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT)

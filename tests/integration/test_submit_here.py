@@ -41,10 +41,17 @@ def test_all_stages_run_and_a_second_time_are_skipped(submit, finished):
     assert len(list((run / "pseudo").glob("*.png"))) == 5
     assert json.loads((run / "scores-masks.json").read_text())["miou"] >= 0
     assert "step 4/4" in done.stderr  # the training's log is shown
+    miou = json.loads((run / "scores-masks.json").read_text())["miou"]
+    assert done.stdout.splitlines()[-4:] == [
+        f"train     weights           {run}/weights/last.safetensors",
+        f"pseudo    masks             {run}/pseudo",
+        f"evaluate  scores            {run}/scores-masks.json, mIoU {miou:.1f} %",
+        f"          curves            tensorboard --logdir {run}/tensorboard",
+    ]
     again = submit(run)
     assert again.returncode == 0 and again.stdout.count("skipped") == 3
     more = submit(run, "train.steps=5")
-    assert "error: pseudo: 5/5 images of an earlier train exist; remove them" in more.stderr
+    assert "was started with other settings (train.steps: 4 -> 5); keep those of" in more.stderr
     assert [path.name for path in RunDir(run).checkpoints()] == ["step-4.safetensors"]
 
 

@@ -66,15 +66,17 @@ def train(launch, tiny_recipe, shards, tmp_path):
 
 
 def test_a_retraining_that_was_broken_off_goes_on_under_another_zero_stage(train, begun, tmp_path):
-    def retrain(folder, stage, steps):
+    def retrain(folder, stage):
         deepspeed = f"retrain.train.deepspeed=configs/deepspeed/zero{stage}.json"
-        options = (deepspeed, f"retrain.train.steps={steps}", "retrain.optim.optimizer=sgd", "--resume=auto")
+        steps = ("retrain.train.steps=4", "retrain.train.checkpoint_every=2")
+        options = (deepspeed, *steps, "retrain.optim.optimizer=sgd", "--resume=auto")
         train(0, "retrain", *RETRAIN, *options, folder=folder)
 
     shutil.copytree(begun.run, tmp_path / "broken")
-    retrain(begun.run, stage=0, steps=4)
-    retrain(tmp_path / "broken", stage=2, steps=2)
-    retrain(tmp_path / "broken", stage=3, steps=4)
+    retrain(begun.run, stage=0)
+    retrain(tmp_path / "broken", stage=2)
+    (tmp_path / "broken/retrain/segformer/checkpoints/step-4.safetensors").unlink()  # as if it had been killed after step 2
+    retrain(tmp_path / "broken", stage=3)
     whole, broken = Path(begun.run) / "retrain/segformer", tmp_path / "broken/retrain/segformer"
     assert metrics(broken) == pytest.approx(metrics(whole), abs=1e-4)
     assert len(metrics(whole)) == 4 and (whole / "best.json").is_file()

@@ -131,6 +131,16 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_the_run_goes_on_exactly(
     assert same_as(whole, run)
 
 
+def test_doubtful_settings_are_one_warning_each(train, tmp_path):
+    done = train(2, tmp_path / "run", "train.steps=1", "train.batch=8")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    starts = [
+        "warning: optim.warmup=2 is as long as the training",
+        "warning: a step takes 16 images (train.batch x train.accumulate",
+    ]
+    assert [any(line.startswith(start) for line in lines) for start in starts] == [True, True] and len(lines) == 2
+
+
 def test_what_a_run_leaves_behind(train, shards, tmp_path):
     run = tmp_path / "run"
     train(2, run, f"data.val={shards.root}", "train.steps=4", "train.validate_every=2", "train.checkpoint_every=1")
@@ -152,9 +162,12 @@ def test_what_a_run_leaves_behind(train, shards, tmp_path):
 @pytest.mark.parametrize("before, after", [((0, 0), (2, 3)), ((2, 1), (0, 0))])
 def test_a_run_goes_on_with_other_ranks_and_another_zero_stage(train, alone, tmp_path, before, after):
     """(ranks, ZeRO stage) before and after the break; the losses are those of one process that never stopped."""
-    for (ranks, stage), steps in ((before, "train.steps=3"), (after, "train.steps=5")):
+    for ranks, stage in (before, after):
         options = (f"train.deepspeed=configs/deepspeed/zero{stage}.json", f"train.batch={4 // max(ranks, 1)}", "--resume", "auto")
-        train(ranks, tmp_path / "run", "optim.min_lr=1e-3", steps, *options, *WITHOUT_CHANCE)
+        steps = ("train.steps=5", "train.checkpoint_every=3", "optim.min_lr=1e-3")
+        train(ranks, tmp_path / "run", *steps, *options, *WITHOUT_CHANCE)
+        if (ranks, stage) == before:  # as if it had been killed after step 3
+            (tmp_path / "run/checkpoints/step-5.safetensors").unlink()
     assert metrics(tmp_path / "run") == pytest.approx(alone, abs=1e-4)
 
 
@@ -162,7 +175,7 @@ def test_a_damaged_checkpoint_is_named(train, tmp_path):
     train(0, tmp_path / "run", "train.steps=1")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-1.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    done = train(2, tmp_path / "run", "train.steps=2", "--resume", "auto", fails=True)
+    done = train(2, tmp_path / "run", "train.steps=1", "--resume", "auto", fails=True)
     assert "step-1.safetensors: cannot be read as weights" in last_error(done)
 
 
@@ -177,8 +190,10 @@ def test_another_runs_directory_is_refused(train, tmp_path):
     assert "holds files that belong to no run" in last_error(train(0, tmp_path / "letters", fails=True))
     train(0, tmp_path / "run", "train.steps=1")
     assert "already holds a run; resume it with --resume auto" in last_error(train(0, tmp_path / "run", fails=True))
-    changed = train(0, tmp_path / "run", "--resume", "auto", "prompts.length=4", fails=True)
-    assert "was started with another prompts" in last_error(changed)
+    config = (tmp_path / "run/config.yaml").read_bytes()
+    changed = train(0, tmp_path / "run", "--resume", "auto", "train.steps=1", "optim.lr=0.5", fails=True)
+    assert "was started with other settings (optim.lr: 0.001 -> 0.5); keep those of" in last_error(changed)
+    assert (tmp_path / "run/config.yaml").read_bytes() == config
 
 
 @pytest.fixture
@@ -195,6 +210,7 @@ def damaged(make_shards, tmp_path):
 
 def test_unreadable_images_are_skipped_and_named(train, damaged, tmp_path):
     done = train(2, tmp_path / "run", f"data.train={damaged.root}", "train.steps=4")
+    assert done.stderr.count("no validation, since data.val is null") == 1 and "validating" not in done.stderr
     for key in ("image_1", "image_5"):
         assert sum(f"{key}: " in line and line.startswith("warning: skipped: ") for line in done.stderr.splitlines()) == 1
     assert metrics(tmp_path / "run", "bad_samples")[4] == 2

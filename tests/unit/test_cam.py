@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
-from weakclip import cam, cli
+from weakclip import cam, cli, labels
+from weakclip.cams.provenance import clip_es
+from weakclip.launch import submit
+from weakclip.recipe import load
+from weakclip.stages import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,34 @@ def test_a_mistake_is_one_line(tiny_recipe, fixed, tmp_path, capsys, more, messa
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not [*tmp_path.glob("cams*")]
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_clip_that_ships_is_refused_for_photos_before_anything_is_loaded(tiny_recipe, tmp_path, capsys, built):
+    """By the command, and in the plan of a chain whose shards do not exist yet."""
+    (tmp_path / "names.txt").write_text("background\ncat\nperson\n")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos/a.png")
+    (tmp_path / "labels.csv").write_text("file,labels\na.png,person\n")
+    photos = f"{{source: folder, images: {tmp_path}/photos, labels: {tmp_path}/labels.csv}}"
+    options = [f"classes={tmp_path}/names.txt", f"data.labelled={tmp_path}/labelled", f"data.train={tmp_path}/cams"]
+    options += ["clip.pretrained=demo", f"data.build={photos}", f"run={tmp_path}/run"]
+    config = load(tiny_recipe, options)
+    if built:
+        STAGES["shards"].run(config, None)
+    command = (cam.main, []) if built else (submit.main, ["--stage", "all", "--cluster", "local", "--dry-run"])
+    with pytest.raises(SystemExit):
+        cli.run(command[0], ["--config", str(tiny_recipe), *command[1], *options])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(
+        "error: clip.pretrained=demo: this CLIP knows the words of the demo's synthetic world only, not 'person'"
+    )
+    assert not [*tmp_path.glob("cams*"), *tmp_path.glob("run")]
+
+
+def test_a_synonym_may_be_a_word_that_the_clip_that_ships_knows(tiny_config):
+    synonyms = "cam.synonyms={" + ", ".join(f"{name}: cat" for name in labels.VOC[1:]) + "}"
+    assert clip_es(tiny_config("classes=voc", "clip.pretrained=demo", synonyms))["cam"]["source"] == "clip"
 
 
 def test_the_command_says_how_far_it_is(tiny_recipe, fixed, tmp_path, capsys):

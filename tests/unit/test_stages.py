@@ -64,7 +64,7 @@ def test_another_runs_directory_is_refused(begun, tiny_config):
     config, index, run = begun
     recipe.save(config, run / "config.yaml")
     config.seed = 9
-    with pytest.raises(ConfigError, match="was started with another seed"):
+    with pytest.raises(ConfigError, match=r"was started with other settings \(seed: 0 -> 9\)"):
         STAGES["train"].progress(config, index)
 
 

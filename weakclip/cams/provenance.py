@@ -6,14 +6,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from weakclip.checkpoints.clip_files import place, weights_file
-from weakclip.config import Config
+from weakclip import labels
+from weakclip.checkpoints.clip_files import place, weights_file, words_unknown_to_the_demo
+from weakclip.config import Config, ConfigError
 from weakclip.data.index import sha256
 
 
 def clip_es(config: Config) -> dict[str, Any]:
-    """Return the settings of CLIP-ES and the hash of CLIP's weights."""
+    """Return the settings of CLIP-ES and the hash of CLIP's weights.
+
+    Raises ConfigError when the CLIP that ships is to find classes that it does not know.
+    """
     clip = config.clip
+    named = [config.cam.synonyms.get(name, name) for name in labels.class_names(config.classes)]
+    if problem := words_unknown_to_the_demo(clip, named):
+        raise ConfigError(problem)
     return {
         "cam": asdict(config.cam),
         "clip": {"model": clip.model, "image_size": clip.image_size},

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
+
+from weakclip import labels
+from weakclip.config import ClipConfig
+
+SETTINGS = "open_clip_config.json"
+"""The file with the architecture in a directory of open_clip's layout."""
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo_clip"
 
@@ -10,6 +19,28 @@ DEMO = Path(__file__).parents[1] / "assets" / "demo_clip"
 def place(pretrained: str) -> Path:
     """Return the file or directory that `clip.pretrained` names, whether it exists or not."""
     return DEMO if pretrained == "demo" else Path(pretrained)
+
+
+def words_unknown_to_the_demo(config: ClipConfig, names: Sequence[str]) -> str | None:
+    """Return what is wrong if `config` is the CLIP that ships and it has never seen a word of `names`, class names; else None."""
+    unknown = [name for name in names if name not in labels.DEMO]
+    if config.pretrained != "demo" or not unknown:
+        return None
+    return (
+        f"clip.pretrained=demo: this CLIP knows the words of the demo's synthetic world only, not {unknown[0]!r}; for photos set "
+        "clip.pretrained to weights such as OpenAI's weights/ViT-B-16.pt, and clip.model to their architecture"
+    )
+
+
+def patch(config: ClipConfig) -> int | None:
+    """Return the vision tower's patch, in pixels; None where neither the model's name nor a directory's settings tell it."""
+    if config.model is not None:
+        found = re.match(r"ViT-[A-Za-z]+-(\d+)", config.model)
+        return int(found[1]) if found else None
+    try:
+        return int(json.loads((place(config.pretrained) / SETTINGS).read_text())["model_cfg"]["vision_cfg"]["patch_size"])
+    except (OSError, ValueError, KeyError, TypeError):  # loading the CLIP names the mistake
+        return None
 
 
 def weights_file(path: Path) -> Path | None:

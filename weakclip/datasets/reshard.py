@@ -26,7 +26,7 @@ from weakclip.datasets.foreign_tars import ForeignSample, load_foreign, scan, ta
 from weakclip.datasets.writing import build_shards
 from weakclip.labels import class_names
 from weakclip.masks.mask_folder import mask_path
-from weakclip.runtime.command_line import Parser, run
+from weakclip.runtime.command_line import Parser, input_folder, output_folder, run
 from weakclip.runtime.errors import UserError
 from weakclip.runtime.workers import map_in_processes
 
@@ -80,10 +80,12 @@ def reshard(
 def main(arguments: Sequence[str]) -> None:
     parser = Parser(prog="weakclip reshard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="the shard set, or a directory of .tar files of another origin")
-    parser.add_argument("--out", type=Path, required=True, help="directory to create")
+    parser.add_argument("--out", type=output_folder, required=True, help="directory to create")
     parser.add_argument("--samples-per-shard", type=int, default=256, help="images per shard")
     parser.add_argument("--classes", help="class list of tars of another origin: voc, coco or a file of names")
-    parser.add_argument("--seeds", type=Path, metavar="DIR", help="folder of NAME.png, such as RUN/pseudo, for seed masks")
+    parser.add_argument(
+        "--seeds", type=input_folder, metavar="DIR", help="folder of NAME.png, such as RUN/pseudo, for seed masks"
+    )
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="shards written at a time")
     options = parser.parse_args(arguments)
     index = reshard(**vars(options))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +17,8 @@ from weakclip.data.reading import load
 from weakclip.data.sample import DecodedSample
 from weakclip.evaluation import visualize
 from weakclip.masks.seeds import cam_maps, seed_mask
-from weakclip.runtime.command_line import Parser, run
+from weakclip.runtime.atomic import whole
+from weakclip.runtime.command_line import Parser, output_file, run
 from weakclip.runtime.errors import UserError
 
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = Parser(prog="weakclip show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="the shard set: its directory or its URL")
     seeds_of = add_seed_options(parser)
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--out", type=output_file, required=True, help="PNG to write")
     parser.add_argument("--start", type=int, default=0, help="index of the first sample, from 0")
     parser.add_argument("--count", type=int, default=8, help="number of samples")
     options = parser.parse_args(arguments)
@@ -61,7 +61,10 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"--start must be 0..{len(index.entries) - 1} and --count at least 1")
     entries = index.entries[options.start : options.start + options.count]
     seeds, samples = seeds_of(options), [load(index, entry) for entry in entries]
-    visualize.sheet([row(sample, seeds) for sample in samples], index.classes).save(options.out, "PNG")
+    sheet = visualize.sheet([row(sample, seeds) for sample in samples], index.classes)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with whole(options.out) as unfinished:
+        sheet.save(unfinished, "PNG")
     print(f"{options.out}: {len(samples)} samples")
 
 

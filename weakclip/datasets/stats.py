@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from weakclip.datasets.show import add_seed_options
 from weakclip.labels import IGNORE
 from weakclip.masks.seeds import seed_mask
 from weakclip.runtime.atomic import write_whole
-from weakclip.runtime.command_line import Parser, run
+from weakclip.runtime.command_line import Parser, output_file, run
 from weakclip.runtime.tables import Table
 from weakclip.runtime.workers import map_in_processes
 
@@ -167,13 +166,14 @@ def main(arguments: Sequence[str]) -> None:
     parser = Parser(prog="weakclip stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="the shard set, a directory with an index.json")
     seeds_of = add_seed_options(parser)
-    parser.add_argument("--json", type=Path, help="file to write the figures to as well")
+    parser.add_argument("--json", type=output_file, help="file to write the figures to as well")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="shards read at a time")
     parser.add_argument("--strict", action="store_true", help="labels, CAMs, seeds and masks that disagree are an error")
     options = parser.parse_args(arguments)
     found = stats(Index.load(options.directory), options.processes, seeds_of(options))
     print("\n\n".join([*map(str, tables(found)), *found["disagreements"]]))
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.json, json.dumps(found, indent=1) + "\n")
     if options.strict and found["disagreements"]:
         raise ShardError(f"--strict: {found['disagreements'][0]}")

@@ -22,6 +22,7 @@ from weakclip.demo import world
 from weakclip.demo.image_pool import Captions
 from weakclip.demo.pretraining import pretrain
 from weakclip.labels import DEMO
+from weakclip.runtime.command_line import output_file
 
 THINGS = (*DEMO[1:], *world.CLUTTER)
 NOUNS = (*THINGS, *world.GROUNDS)
@@ -74,7 +75,7 @@ def load(path: Path) -> Annotator:
 
 def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(description="Train a small CNN on image labels of the synthetic world.")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--out", type=output_file, required=True, metavar="FILE")
     parser.add_argument("--steps", type=int, default=2500)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from weakclip.labels import DEMO, palette
-from weakclip.runtime.command_line import Parser
+from weakclip.runtime.command_line import Parser, output_file
 
 Region = Callable[[np.ndarray, np.ndarray], np.ndarray]  # object coordinates u (right), v (down) -> inside?
 Texture = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]  # u, v, rng -> share of colour 2, 0..1
@@ -479,7 +479,8 @@ def contact_sheet(seed: int, columns: int = 4, rows: int = 4, size: int = 192) -
 
 if __name__ == "__main__":
     parser = Parser(description="Draw a contact sheet of the synthetic world: image | mask.")
-    parser.add_argument("--out", required=True, help="PNG to write")
+    parser.add_argument("--out", type=output_file, required=True, help="PNG to write")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(arguments.seed).save(arguments.out)

@@ -14,7 +14,7 @@ from submitit.helpers import DelayedSubmission
 
 from weakclip import recipe
 from weakclip.runtime import log
-from weakclip.runtime.errors import is_user_error
+from weakclip.runtime.errors import is_user_error, one_line
 from weakclip.runtime.signals import Interrupted, nothing_left_to_save
 from weakclip.stages import STAGES
 
@@ -50,7 +50,7 @@ class StageJob:
         except Exception as error:
             if not is_user_error(error):
                 raise  # a bug, whose traceback submitit writes to the log
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
             sys.exit(1)
         nothing_left_to_save()
 

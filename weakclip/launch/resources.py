@@ -167,7 +167,9 @@ class _Loader(yaml.SafeLoader):
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise ConfigError(f"{file}: no such file; it should hold cluster defaults, see the examples in configs/cluster/")
+        raise ConfigError(
+            f"--defaults or WEAKCLIP_CLUSTER: {file}: no such file; it should hold cluster defaults, see configs/cluster/"
+        )
     try:
         found = yaml.load(file.read_text(), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

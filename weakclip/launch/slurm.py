@@ -28,7 +28,9 @@ def answers() -> bool:
 
 
 def check(script: str) -> None:
-    """Raise ConfigError with Slurm's message when it would reject a batch script."""
+    """Raise ConfigError with Slurm's message when it would reject a batch script, and where there is no Slurm."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError("--cluster slurm: this machine has no sbatch; submit from a login node, or use --cluster local")
     asked = _run(["sbatch", "--test-only"], script)
     if asked.returncode:
         said = " ".join(asked.stderr.replace("sbatch: error:", "").replace("allocation failure:", "").split())

@@ -19,6 +19,7 @@ from weakclip.data.index import Index
 from weakclip.datasets import writing
 from weakclip.launch import journal, logs, slurm
 from weakclip.launch.journal import Submission
+from weakclip.runtime import lock
 from weakclip.runtime.errors import UserError
 from weakclip.runtime.run_dir import RunDir
 from weakclip.runtime.tables import Table
@@ -29,24 +30,65 @@ FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADL
 
 
 def table(run: Path) -> Table:
-    """Return a table with a row for the newest job of each stage. Raises ConfigError when nothing was submitted for the run."""
+    """Return a table with a row for the newest job of each stage, and for each training that was started without a job.
+
+    Raises ConfigError when `run` holds neither.
+    """
     newest = {entry.stage: entry for entry in journal.read(RunDir(run))}
-    if not newest:
-        raise ConfigError(f"{run}: no job was submitted for it; submit one with: weakclip submit")
     tasks = slurm.tasks(entry.job for entry in newest.values() if entry.cluster == "slurm")
     states = {entry.job: _states(entry, tasks) for entry in newest.values()}
-    rows = [
-        (
-            stage,
-            newest[stage].job,
-            _in_words(newest[stage], states, [*newest.values()]),
-            *_progress(stage, newest[stage]),
-            _last(newest[stage]),
+    rows = {
+        stage: (
+            entry.job,
+            _in_words(entry, states, [*newest.values()]),
+            *_progress(stage, recipe.load_saved(RunDir(Path(entry.folder)))),
+            _last(entry),
         )
-        for stage in STAGES
-        if stage in newest
-    ]
-    return Table(str(run), ("stage", "job", "state", "progress", "left", "last line"), rows)
+        for stage, entry in newest.items()
+    }
+    rows |= {stage: _direct(stage, own) for stage, own in _trainings(RunDir(run)).items() if stage not in newest}
+    if not rows:
+        raise ConfigError(
+            f"{run}: holds no training, and no job was submitted for it; pass the value of `run`, or start it: weakclip submit"
+        )
+    listed = [(stage, *rows[stage]) for stage in STAGES if stage in rows]
+    return Table(str(run), ("stage", "job", "state", "progress", "left", "last line"), listed)
+
+
+# ------------------------------------------------------------------------------------------------------ without a job
+
+
+def _trainings(run: RunDir) -> dict[str, RunDir]:
+    """Return the run directories of the trainings in a run, by stage; of several retrained networks the newest."""
+    networks = sorted(run.root.glob("retrain/*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    found = [("classify", run.classifier), ("train", run), *(("retrain", RunDir(path.parent)) for path in networks[-1:])]
+    return {stage: own for stage, own in found if own.config.is_file()}
+
+
+def _direct(stage: str, run: RunDir) -> tuple[str, str, str, str, str]:
+    """Return the row of a training that no job runs: the process, its state, progress, time left, and its newest metrics."""
+    steps = JOBS[stage](recipe.load_saved(run)).train.steps
+    lines, process = _newest_lines(run), lock.holder(run)
+    progress = Progress(int(lines[-1]["step"]) if lines else 0, steps, "steps")
+    state = "RUNNING" if process else "COMPLETED" if progress.complete else "STOPPED"
+    left = "" if progress.complete else _left([(line["time"], line["step"]) for line in lines], progress)
+    return str(process or "-"), state, str(progress), left, _summary(lines[-1]) if lines else ""
+
+
+def _newest_lines(run: RunDir) -> list[dict[str, float]]:
+    """Return the last lines of a training's metrics.jsonl that are about steps."""
+    if not run.metrics.is_file():
+        return []
+    lines = [line for line in run.metrics.read_text().splitlines()[-20:] if line.endswith("}")]
+    return [found for found in map(json.loads, lines) if "lr" in found]
+
+
+def _summary(line: dict[str, float]) -> str:
+    losses = " ".join(f"{name.removeprefix('loss/')} {value:.3f}" for name, value in line.items() if "loss/" in name)
+    return f"{losses}  lr {line['lr']:.1e}  {line['images_per_second']:.1f} images/s"
+
+
+# --------------------------------------------------------------------------------------------------------------- jobs
 
 
 def _states(entry: Submission, tasks: Sequence[slurm.SlurmTask]) -> Counter[str]:
@@ -71,9 +113,8 @@ def _failed_before(entry: Submission, states: dict[str, Counter[str]], entries: 
     return None
 
 
-def _progress(stage: str, entry: Submission) -> tuple[str, str]:
+def _progress(stage: str, config: Config) -> tuple[str, str]:
     """Return the progress of a stage, and the time left at the rate so far."""
-    config = recipe.load_saved(RunDir(Path(entry.folder)))
     try:
         index = Index.load(config.data.train, config.data) if STAGES[stage].data == "train" and is_made(config) else None
         progress = STAGES[stage].progress(config, index)
@@ -87,11 +128,7 @@ def _progress(stage: str, entry: Submission) -> tuple[str, str]:
 
 def _newest_steps(name: str, config: Config) -> list[tuple[float, float]]:
     """Return (time, step) of the last lines of a training's metrics.jsonl."""
-    path = JOBS[name](config).run.metrics
-    if not path.is_file():
-        return []
-    lines = [line for line in path.read_text().splitlines()[-20:] if line.endswith("}")]
-    return [(found["time"], found["step"]) for found in map(json.loads, lines) if "lr" in found]
+    return [(line["time"], line["step"]) for line in _newest_lines(JOBS[name](config).run)]
 
 
 def _times_of_files(files: Iterable[Path]) -> list[tuple[float, float]]:

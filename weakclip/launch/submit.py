@@ -7,6 +7,8 @@ python launch/submit.py --stage all --config configs/voc.yaml --defaults configs
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import os
 import shlex
 import subprocess
@@ -32,6 +34,8 @@ from weakclip.launch.resources import Resources, add_options
 from weakclip.runtime import lock
 from weakclip.runtime.run_dir import RunDir
 from weakclip.stages import MAKERS, STAGES, Stage, chain
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,13 @@ class Plan:
         folder = self.folder.absolute()
         command = f"{self.python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
         return _make_sbatch_string(command, folder, map_count=self.tasks, **self.resources.slurm(self.name, _setup(code)))
+
+    def here(self) -> str:
+        """Return how it runs on this machine. Raises ConfigError where it can't."""
+        local = self.resources.local()
+        ranks, gpus = local["tasks_per_node"], local["gpus_per_node"]
+        what = f"tasks: {self.tasks}, {self.resources.array_parallelism} at a time" if self.tasks else f"ranks: {ranks}"
+        return f"{self.stage.name}: on this machine; {what}; GPUs: {gpus}; time limit {self.resources.time}"
 
     @property
     def python(self) -> str:
@@ -168,6 +179,14 @@ def to_this_machine(plans: Sequence[Plan], config: Config) -> None:
             name = ",".join(job.job_id for job in jobs)
             journal.add(run, Submission.of(plan.stage.name, name, plan.tasks, "local", plan.folder, []))
             _wait(jobs, plan)
+    for plan in plans:
+        for what, where in plan.stage.products(config).items():
+            print(f"{plan.stage.name:<10}{what:<18}{where}{_miou(where) if what == 'scores' else ''}")
+    print(f"{'':<10}{'curves':<18}tensorboard --logdir {run}/tensorboard")
+
+
+def _miou(scores: Path) -> str:
+    return f", mIoU {json.loads(scores.read_text())['miou']:.1f} %"
 
 
 def _wait(jobs: Sequence[Job[None]], plan: Plan) -> None:
@@ -188,12 +207,17 @@ def _wait(jobs: Sequence[Job[None]], plan: Plan) -> None:
             raise ConfigError(f"{plan.stage.name} failed: {logs.last_line(plan.folder, job.job_id).removeprefix('error: ')}")
 
 
-def dry_run(plans: Sequence[Plan], config: Config, on_slurm: bool) -> None:
-    """Print the batch scripts, or the local parameters, and the recipe."""
+def dry_run(plans: Sequence[Plan], config: Config, cluster: str, on_slurm: bool) -> None:
+    """Print the batch scripts, or with the cluster "local" how the stages run here. -v also logs the recipe."""
     for plan in plans:
-        print(f"# ---- {plan.stage.name}: {f'an array of {plan.tasks} tasks' if plan.tasks else 'one job'}")
-        print(plan.script(journal.code_folder(config.run_dir)) if on_slurm else plan.resources.local())
-    print(f"# ---- the recipe\n{recipe.to_yaml(config)}")
+        if cluster == "local":
+            print(plan.here())
+        else:
+            print(f"# ---- {plan.stage.name}: {f'an array of {plan.tasks} tasks' if plan.tasks else 'one job'}")
+            print(plan.script(journal.code_folder(config.run_dir)))
+    if cluster == "auto" and not on_slurm:
+        print("# No Slurm answers here: without --dry-run these stages run on this machine, one after the other.")
+    _log.debug("the recipe:\n%s", recipe.to_yaml(config))
 
 
 def _setup(code: Path) -> list[str]:
@@ -209,13 +233,13 @@ def main(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) 
     parser.add_argument("--defaults", type=Path, metavar="FILE", default=defaults and Path(defaults), help="cluster defaults")
     parser.add_argument("--dependency", metavar="TEXT", help="dependency of the first job, such as afterok:123")
     parser.add_argument("--name", metavar="TEXT", help="prefix of the jobs' names (default: the run's)")
-    parser.add_argument("--dry-run", action="store_true", help="print the batch scripts and the recipe; submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch scripts, with -v the recipe too; submit nothing")
     add_options(parser)
     config, options = cli.parse_config(parser, arguments)
     on_slurm = options.cluster == "slurm" or (options.cluster == "auto" and slurm.answers())
     plans = make_plans(config, options)
     if options.dry_run:
-        dry_run(plans, config, on_slurm)
+        dry_run(plans, config, options.cluster, on_slurm)
         return
     check_free(config.run_dir, on_slurm)
     if plans and on_slurm:

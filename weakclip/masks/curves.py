@@ -17,15 +17,21 @@ class Curves:
     """Writes the statistics of masks to TensorBoard, in the order in which the masks are made."""
 
     def __init__(self, folder: Path, made: int) -> None:
-        """made: number of masks that exist already; the curves continue from there."""
+        """made: number of masks that exist already; the curves continue from there.
+
+        `labelled` and `with_unlabelled_class` count the masks of which weakclip.masks.quality.Quality says so.
+        """
         self._board = SummaryWriter(str(folder), purge_step=made + 1)
         self._step, self._since, self._recent = made, time.perf_counter(), list[Quality]()
         self._begin, self._all = self._since, list[tuple[int, int]]()
+        self.labelled = self.with_unlabelled_class = 0
 
     def add(self, quality: Quality) -> None:
         """Add the statistics of the next mask. Every 20 masks are one point of the curves."""
         self._recent.append(quality)
         self._all.append((quality.seeded, quality.agreeing))
+        self.labelled += quality.labelled
+        self.with_unlabelled_class += quality.unlabelled_class
         self._step += 1
         if len(self._recent) == EVERY:
             self._write()

@@ -52,4 +52,4 @@ def finish(work: Unfinished) -> Quality:
         mask_folder.save_soft(work.found.classes_n, work.found.probs_nHW, mask_folder.soft_path(work.folder, sample.name))
     mask_folder.save(mask_HW, mask_folder.mask_path(work.folder, sample.name))
     seed_HW = None if sample.seed is None and sample.cam is None else seed_mask(sample, work.settings.seeds)
-    return measure(mask_HW, work.found.probs_nHW, seed_HW, work.num_classes)
+    return measure(mask_HW, work.found.probs_nHW, seed_HW, work.num_classes, sample.classes)

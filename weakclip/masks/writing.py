@@ -80,8 +80,10 @@ def write_part(
     weights: Path,
     out: Path,
     tensorboard: Path,
-) -> None:
+) -> Curves | None:
     """Write the masks of the shards `part` ("A:B", None: all) of a set into `out`; existing masks are left unchanged.
+
+    Returns the counts of the masks that it wrote, None where none was missing.
 
     load_predictor: takes the number of images and returns the network with the weights in the file `weights`; called only if a
     mask is missing. tensorboard: folder of the curves. Raises UserError when `out` holds other masks or when the weights give NaN
@@ -92,7 +94,7 @@ def write_part(
     mask_folder.remove_unfinished(out, entries)
     missing = mask_folder.missing(out, entries, settings.inference.soft)
     if not missing:
-        return
+        return None
     predictor = load_predictor(len(missing))
     samples = StoredSamples(index, missing, settings.workers)
     board = tensorboard / out.name / ("" if part is None else f"shards-{part.replace(':', '-')}")
@@ -104,3 +106,4 @@ def write_part(
         raise NotFiniteError(f"{weights}: {error}") from None
     finally:
         _log.info(curves.close())
+    return curves

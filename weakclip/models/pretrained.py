@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from weakclip.checkpoints import state_dict, weight_files
-from weakclip.checkpoints.clip_files import place, weights_file
+from weakclip.checkpoints.clip_files import SETTINGS, place, weights_file
 from weakclip.config import ClipConfig, ConfigError
 from weakclip.runtime.torchvision_ops import declare_missing
 
@@ -27,9 +27,6 @@ from open_clip.pretrained import get_pretrained_url
 
 if hidden:
     del sys.modules["transformers"]
-
-SETTINGS = "open_clip_config.json"
-"""The file with the architecture in a directory of open_clip's layout."""
 
 # Metadata of a converted file (weakclip.convert): open_clip's model_cfg as JSON, and "doubled" if the class embedding is doubled.
 ARCHITECTURE, CLASS_EMBEDDING = "model_cfg", "class_embedding"

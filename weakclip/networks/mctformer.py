@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weakclip.checkpoints import state_dict, weight_files
-from weakclip.config import ConfigError
+from weakclip.config import ConfigError, require_whole_patches
 from weakclip.data.transforms import Size
 from weakclip.models.attention import attention_weights
 from weakclip.models.positions import has_square_grid, resize_positions
@@ -157,8 +157,7 @@ def _plain_vit(name: str, image_size: int, drop_path: float) -> Any:
         vit = None
     if type(vit) is not VisionTransformer or type(vit.blocks[0]) is not Block or not _is_plain(vit):
         raise ConfigError(f"backbone {name} is not a plain ViT with one class token; use one such as deit_small_patch16_224")
-    if image_size % vit.patch_embed.patch_size[0]:
-        raise ConfigError(f"image_size is {image_size}; it must be a multiple of the patch, {vit.patch_embed.patch_size[0]}")
+    require_whole_patches("classify.augment.crop", image_size, vit.patch_embed.patch_size[0])
     return vit
 
 

@@ -7,19 +7,23 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from weakclip.runtime import log
-from weakclip.runtime.errors import is_user_error
+from weakclip.runtime.errors import is_user_error, one_line
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with -v and -q, which take effect as they are parsed."""
+    """An argument parser with -v and -q, which take effect as they are parsed. A mistake is one line, without the usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_argument("-v", "--verbose", action=_Verbosity, const=1, help="show details and messages of libraries")
         self.add_argument("-q", "--quiet", action=_Verbosity, const=-1, help="show only warnings and errors")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 class _Verbosity(argparse.Action):
@@ -28,6 +32,41 @@ class _Verbosity(argparse.Action):
 
     def __call__(self, *_: object) -> None:
         log.set_up(self.const)
+
+
+# ---------------------------------------------------------------------------- types of options, whose errors name the option
+
+
+def input_folder(text: str) -> Path:
+    """Return the path of a folder that must exist."""
+    return _require(Path(text), Path(text).is_dir(), "no such folder")
+
+
+def shard_set(text: str) -> str:
+    """Return the URL of a shard set, or its path, which must exist."""
+    _require(Path(text), "://" in text or Path(text).exists(), "no such shard set")
+    return text
+
+
+def output_file(text: str) -> Path:
+    """Return the path of a file to write. The folders above it need not exist: create them before writing."""
+    path = _require(Path(text), not Path(text).is_dir(), "is a folder; name a file")
+    return _require(path, not any(parent.is_file() for parent in path.parents), "lies in a file, not in a folder")
+
+
+def output_folder(text: str) -> Path:
+    """Return the path of a folder to write to. Neither it nor the folders above it need exist."""
+    path = Path(text)
+    return _require(path, not any(each.is_file() for each in (path, *path.parents)), "is or lies in a file; name a folder")
+
+
+def _require(path: Path, condition: bool, problem: str) -> Path:
+    if not condition:
+        raise argparse.ArgumentTypeError(f"{path}: {problem}")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------------ running
 
 
 def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +87,7 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None =
     except Exception as error:
         if os.environ.get("WEAKCLIP_TRACEBACK") or not is_user_error(error):
             raise
-        print(f"error: {error}".replace("\n", "\\n"), file=sys.stderr)  # a file's name may hold a newline
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -13,3 +13,10 @@ def is_user_error(error: BaseException) -> bool:
     Any other error is a bug of this program and keeps its traceback.
     """
     return isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of a user error: for one of the system, the file and what happened, without its number."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    return str(error)

@@ -60,8 +60,14 @@ def job_lives(job: str) -> bool:
 
 def check(run: RunDir) -> None:
     """Raise UserError when a process that still runs holds `run`."""
-    if (found := _read(run)) is not None and found.lives():
+    if (found := holder(run)) is not None:
         raise UserError(f"run: {run} is in use by {found}; wait for it or stop it (if it is dead, remove {run.lock})")
+
+
+def holder(run: RunDir) -> Holder | None:
+    """Return the process that holds `run`, if it still runs."""
+    found = _read(run)
+    return found if found is not None and found.lives() else None
 
 
 def take(run: RunDir) -> None:

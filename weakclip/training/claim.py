@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from weakclip import recipe as recipes
 from weakclip.config import ConfigError
 from weakclip.runtime.atomic import write_whole
 from weakclip.runtime.run_dir import RunDir
-from weakclip.training.jobs import Job
+from weakclip.training.jobs import Job, check_crop
+
+MAY_CHANGE = (
+    # Where and how fast it is computed. The batch changes with the number of ranks alone (`require_same_batch`).
+    "boundary.engine",
+    "train.batch",
+    "train.accumulate",
+    "train.deepspeed",
+    "train.compile",
+    "data.workers",
+    "data.cache",
+    "data.cache_gib",
+    "data.retries",
+    "data.timeout",
+    "data.max_bad_samples",
+    # What is logged, shown and saved.
+    "train.log_every",
+    "train.validate_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.pictures",
+    # What happens before and after this training. The shards are compared by their contents (`claim_data`).
+    "data.build",
+    "retrain.test",
+)
+"""Keys in the sections of `Job.fixed` that may change when a run is resumed. For the classifier and the retrained network,
+"train" means `classify.train` and `retrain.train`."""
 
 
 def claim(job: Job, resume: bool) -> None:
     """Create the job's run directory with the resolved recipe in it.
 
-    Raises ConfigError when it holds files that belong to no run, a run without `resume`, or a run with other settings.
+    Raises ConfigError when it holds files that belong to no run, a run without `resume`, or a run with other settings, and for a
+    crop that is no multiple of the patch.
     """
+    check_crop(job)
     run = job.run
     if run.root.exists() and not run.root.is_dir():
         raise ConfigError(f"run: {run} is a file; set run to a directory")
@@ -38,18 +68,68 @@ def _may_come_first(path: Path) -> bool:
 
 
 def require_same_settings(job: Job) -> None:
-    """Raise ConfigError when the run directory holds a run that was started with another value of a key in `job.fixed`."""
+    """Raise ConfigError when the run directory holds a run that was started with other settings, except for MAY_CHANGE.
+
+    Its config.yaml would otherwise describe a run that never was. The message names each key with its earlier and its new value.
+    """
     if not job.run.config.is_file():
         return
     earlier = recipes.load_saved(job.run)
     if job.name == "classify" and earlier.data.labelled is None:  # in earlier versions the labelled set was `train`
         earlier.data.labelled = earlier.data.train
-    changed = [key for key in job.fixed if attrgetter(key)(earlier) != attrgetter(key)(job.recipe)]
+    changed = [
+        f"{key}: {_text(before)} -> {_text(now)}"
+        for key, before, now in _differences(asdict(earlier), asdict(job.recipe))
+        if _decides(key, job.fixed)
+    ]
     if changed:
         raise ConfigError(
-            f"run: {job.run} was started with another {', '.join(changed)}; "
-            f"set it as in {job.run.config}, or set run to another directory"
+            f"run: {job.run} was started with other settings ({', '.join(changed)}); keep those of {job.run.config}, or start "
+            "another run with run=NEW; docs/settings.md lists the keys that may change"
         )
+
+
+def require_same_batch(job: Job, ranks: int) -> None:
+    """Raise ConfigError when another batch or accumulation than the run's changes the global batch of its newest checkpoint.
+
+    Another number of ranks alone may change it, since a requeued job may get other nodes; the training warns of that.
+    """
+    if not job.run.config.is_file() or not (checkpoints := job.run.checkpoints()):
+        return
+    train = attrgetter("train" if job.name == "train" else f"{job.name}.train")
+    before, now = train(recipes.load_saved(job.run)), job.train
+    if (before.batch, before.accumulate) == (now.batch, now.accumulate):
+        return
+    from weakclip.checkpoints import weight_files  # imports torch, and login nodes import this module
+
+    meta = weight_files.read(checkpoints[-1]).meta
+    consumed, step = int(meta["consumed"]), int(meta["step"])
+    if consumed != step * now.batch * now.accumulate * ranks:
+        product = f"{now.batch} x {now.accumulate} x {ranks}"
+        raise ConfigError(
+            f"train.batch x train.accumulate x ranks is {product} images a step, but {job.run} took {consumed / step:.4g}; "
+            "change them so that the product stays, or start another run with run=NEW"
+        )
+
+
+def _decides(key: str, sections: Sequence[str]) -> bool:
+    """Return whether `key` lies in one of these sections of the recipe, and is none that may change."""
+    inside = any(f"{key}.".startswith(f"{section}.") for section in sections)
+    return inside and not any(f".{name}." in f".{key}." for name in MAY_CHANGE)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted key and both values of each difference between two nested dicts."""
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield prefix + name, old, new
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def claim_data(run: RunDir, fingerprints: Sequence[str]) -> None:

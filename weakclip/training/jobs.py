@@ -5,11 +5,22 @@ Importing this module is light, since login nodes ask for a job's progress. weak
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from weakclip import labels
-from weakclip.config import AugmentConfig, Config, ConfigError, DataConfig, InferenceConfig, OptimConfig, TrainConfig
+from weakclip.checkpoints import clip_files
+from weakclip.config import (
+    AugmentConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    InferenceConfig,
+    OptimConfig,
+    TrainConfig,
+    require_whole_patches,
+)
 from weakclip.masks.mask_folder import MaskSettings
 from weakclip.registry import CAM_SOURCES
 from weakclip.runtime.run_dir import RunDir
@@ -32,7 +43,7 @@ class Job:
     inference: InferenceConfig
     """How its network segments images, if it is a segmentation network."""
     fixed: tuple[str, ...]
-    """Keys of the recipe that must not change when the run is resumed."""
+    """Sections and keys of the recipe that decide the result: a resumed run keeps them, except for claim.MAY_CHANGE."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -45,25 +56,13 @@ class Job:
         return MaskSettings(self.inference, self.data.scale, self.recipe.seeds, self.data.workers)
 
 
-_ALWAYS = ("seed", "classes")
-_DATA = ("data.train", "data.mix")
+_ALWAYS = ("seed", "precision", "classes")
 
 
 def refine(recipe: Config) -> Job:
     """Return the job that trains WeakCLIP on seeds: the stage `train`. Raises ConfigError as `_check_seeds` does."""
     _check_seeds(recipe)
-    model = (
-        "augment",
-        "clip",
-        "prompts",
-        "adapter",
-        "matching",
-        "decoder",
-        "loss",
-        "demo",
-        "boundary.ratio_clamp",
-        "boundary.truncate_image",
-    )
+    model = ("clip", "prompts", "adapter", "matching", "decoder", "loss", "boundary")
     return Job(
         "train",
         recipe,
@@ -73,7 +72,7 @@ def refine(recipe: Config) -> Job:
         recipe.optim,
         recipe.train,
         recipe.pseudo,
-        fixed=(*_ALWAYS, *_DATA, "seeds", *model),
+        fixed=(*_ALWAYS, "demo", "data", "cam", "seeds", "augment", *model, "optim", "train"),
     )
 
 
@@ -88,7 +87,6 @@ def retrain(recipe: Config) -> Job:
     on_seeds = ours.targets == "seeds"
     if on_seeds:
         _check_seeds(recipe)
-    network = ("retrain.augment", "retrain.network", "retrain.backbone", "retrain.pretrained")
     return Job(
         "retrain",
         recipe,
@@ -98,7 +96,7 @@ def retrain(recipe: Config) -> Job:
         ours.optim,
         ours.train,
         ours.test,
-        fixed=(*_ALWAYS, *_DATA, *network, *(("seeds",) if on_seeds else ())),
+        fixed=(*_ALWAYS, "data", *(("seeds",) if on_seeds else ()), "retrain"),
     )
 
 
@@ -107,7 +105,6 @@ def classify(recipe: Config) -> Job:
     ours = recipe.classify
     if recipe.data.labelled is None or not CAM_SOURCES[recipe.cam.source].classifier:
         raise ConfigError("nothing to classify: set cam.source to mctformer, and data.labelled to the shard set with labels")
-    network = ("classify.augment", "classify.backbone", "classify.pretrained", "classify.drop_path")
     return Job(
         "classify",
         recipe,
@@ -117,7 +114,7 @@ def classify(recipe: Config) -> Job:
         ours.optim,
         ours.train,
         recipe.pseudo,
-        fixed=(*_ALWAYS, "data.labelled", *network),
+        fixed=(*_ALWAYS, "data.labelled", "data.scale", "data.shuffle_window", "classify"),
     )
 
 
@@ -127,6 +124,20 @@ def _check_seeds(recipe: Config) -> None:
         raise ConfigError(
             "seeds.crf: the stage cam computes these seeds, but data.labelled is null; set it, or leave seeds.crf out"
         )
+
+
+def check_crop(job: Job) -> None:
+    """Raise ConfigError for a training crop that is no multiple of the patch, where names in the recipe tell the patch.
+
+    Networks whose names do not tell it are checked when they are built. The other networks take any crop.
+    """
+    patch = None
+    if job.name == "train":
+        patch = clip_files.patch(job.recipe.clip)
+    elif job.name == "classify" and (found := re.search(r"_patch(\d+)", job.recipe.classify.backbone)):
+        patch = int(found[1])
+    if patch is not None:
+        require_whole_patches("augment.crop" if job.name == "train" else "classify.augment.crop", job.augment.crop, patch)
 
 
 JOBS: dict[str, Callable[[Config], Job]] = {"classify": classify, "train": refine, "retrain": retrain}

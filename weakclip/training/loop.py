@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing
 from itertools import islice
@@ -13,9 +14,10 @@ from weakclip.data.stream import StreamSettings, training_batches
 from weakclip.runtime import lock, log
 from weakclip.runtime.errors import is_user_error
 from weakclip.runtime.signals import Interrupted
-from weakclip.training.claim import claim, claim_data
+from weakclip.training.claim import claim, claim_data, require_same_batch
 from weakclip.training.data import TrainingData
 from weakclip.training.deepspeed_settings import deepspeed_settings
+from weakclip.training.doubts import doubts
 from weakclip.training.engine import Engine
 from weakclip.training.feeding import on_device
 from weakclip.training.interruption import Interruption
@@ -24,6 +26,8 @@ from weakclip.training.monitor import Monitor
 from weakclip.training.tasks import Task, task_of
 from weakclip.training.validation import validate
 from weakclip.training.world import World
+
+_log = logging.getLogger(__name__)
 
 
 def train(job: Job, data: TrainingData, world: World, resume: bool = False) -> None:
@@ -50,6 +54,8 @@ def _run(task: Task, data: TrainingData, world: World, resume: bool) -> None:
     torch.manual_seed(job.recipe.seed)
     newest = job.run.checkpoints()[-1:] if resume else []
     engine = Engine(task.build(pretrained=True), job, world, *newest)
+    if world.rank == 0:
+        _announce(job, engine, sum(len(each.entries) for each in data.sets), data.validation)
     interruption = Interruption()
     settings = StreamSettings(job.data, job.augment, job.recipe.seed, job.train.batch)
     stream = training_batches(index, settings, task.target, engine.consumed, world.rank, world.ranks, mixed)
@@ -71,6 +77,14 @@ def _run(task: Task, data: TrainingData, world: World, resume: bool) -> None:
                 raise Interrupted(number, engine.step)
 
 
+def _announce(job: Job, engine: Engine, samples: int, validation: Index | None) -> None:
+    """Log what may surprise about a training. samples: of all its training sets."""
+    for line in doubts(job, samples, engine.world.ranks, engine.step, engine.consumed):
+        _log.warning(line)
+    if validation is None and job.name != "classify":  # which is never validated
+        _log.info("no validation, since data.val is null: the last weights count as the best")
+
+
 def _claim(task: Task, world: World, resume: bool, data: Sequence[Index]) -> None:
     """Claim the run directory on rank 0. Its error, if any, is raised on every rank."""
     error, run = None, task.job.run
@@ -78,6 +92,8 @@ def _claim(task: Task, world: World, resume: bool, data: Sequence[Index]) -> Non
         try:
             inputs = [*(index.fingerprint for index in data), *task.inputs(data)]
             lock.check(run)
+            if resume:
+                require_same_batch(task.job, world.ranks)
             claim(task.job, resume)
             lock.take(run)
             claim_data(run, inputs)

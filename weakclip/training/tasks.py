@@ -13,7 +13,7 @@ import numpy as np
 from weakclip import labels
 from weakclip.cams import mctformer
 from weakclip.checkpoints import weights
-from weakclip.config import ConfigError
+from weakclip.config import ConfigError, require_whole_patches
 from weakclip.data.index import Index
 from weakclip.data.sample import DecodedSample, OpenSample
 from weakclip.evaluation import visualize
@@ -70,7 +70,9 @@ class Refine(Task):
     """WeakCLIP, trained on seeds from CAMs."""
 
     def build(self, pretrained: bool) -> Trained:
-        return WeakCLIP(self.job.recipe, self.job.names)
+        model = WeakCLIP(self.job.recipe, self.job.names)
+        require_whole_patches("augment.crop", self.job.augment.crop, model.clip.vision.patch)
+        return model
 
     def target(self, sample: OpenSample | DecodedSample) -> np.ndarray:
         return seed_mask(sample, self.job.recipe.seeds)

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 def validate(engine: Engine, monitor: Monitor, task: Task, index: Index, validation: Index | None) -> None:
     """Show the first training images, compute the validation mIoU, and keep the best weights. Every rank must call it."""
     model, job = engine.refresh_plain(), task.job
-    if monitor.leader:
+    if monitor.leader and validation is not None:
         _log.info("validating at step %d", engine.step)
     if monitor.leader and job.train.pictures:
         monitor.show("training images", picture_sheet(model, task, index))

@@ -17,6 +17,7 @@ from weakclip.datasets.writing import open_for_writing
 from weakclip.launch import journal, logs, status
 from weakclip.launch.journal import Submission
 from weakclip.recipe import save
+from weakclip.runtime import lock
 from weakclip.runtime.run_dir import RunDir
 
 IMAGES = 7
@@ -88,7 +89,8 @@ def says(folder: Path, name: str, text: str, time: int = 1000) -> None:
 def test_a_run_without_jobs_is_one_clear_line(run, capsys):
     with pytest.raises(SystemExit, match="1"):
         cli.run(status.main, [str(run)])
-    assert capsys.readouterr().err == f"error: {run}: no job was submitted for it; submit one with: weakclip submit\n"
+    message = "holds no training, and no job was submitted for it; pass the value of `run`, or start it: weakclip submit"
+    assert capsys.readouterr().err == f"error: {run}: {message}\n"
 
 
 def test_the_table_is_printed(run, note, slurm, capsys):
@@ -170,6 +172,51 @@ def test_a_training_is_as_far_as_its_metrics(run, note, stage, folder):
     assert (found["progress"], found["left"]) == ("15/20 steps", "0:00:05")
 
 
+LINE = {"loss/seeding": 1.5, "loss/total": 2.25, "lr": 1e-4, "images_per_second": 12.0}
+
+
+def trained(config, folder: Path, steps: int) -> None:
+    """A training that was started directly and has done these steps, one a second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save(config, folder / "config.yaml")
+    lines = [{"step": 0, "time": 1000.0, "parameters/trainable": 1}]
+    lines += [{"step": step, "time": 1000.0 + step, **LINE} for step in range(1, steps + 1)]
+    lines += [{"step": steps, "time": 1001.0 + steps, "validation/miou": 40.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_training_without_a_job_is_as_far_as_its_metrics(run, tiny_config):
+    trained(tiny_config(), run, steps=15)
+    assert rows(run)["train"] == {
+        "stage": "train",
+        "job": "-",
+        "state": "STOPPED",
+        "progress": "15/20 steps",
+        "left": "0:00:05",
+        "last line": "seeding 1.500 total 2.250  lr 1.0e-04  12.0 images/s",
+    }
+    lock.take(RunDir(run))
+    assert rows(run)["train"]["state"] == "RUNNING" and f"process {os.getpid()} on " in rows(run)["train"]["job"]
+    lock.release(RunDir(run))
+    trained(tiny_config(), run, steps=20)
+    assert (rows(run)["train"]["state"], rows(run)["train"]["left"]) == ("COMPLETED", "")
+
+
+def test_a_training_that_has_not_logged_yet_is_at_its_beginning(run, tiny_config):
+    run.mkdir()
+    save(tiny_config(), run / "config.yaml")
+    assert (rows(run)["train"]["progress"], rows(run)["train"]["last line"]) == ("0/20 steps", "")
+
+
+def test_trainings_without_a_job_stand_beside_the_jobs_of_other_stages(run, note, tiny_config):
+    trained(tiny_config("retrain.network=segformer", "retrain.train.steps=8"), run / "retrain/segformer", steps=4)
+    trained(tiny_config(), run, steps=20)
+    note("pseudo", "12", tasks=2)
+    found = rows(run)
+    assert list(found) == ["train", "pseudo", "retrain"]
+    assert (found["retrain"]["progress"], found["pseudo"]["job"]) == ("4/8 steps", "12")
+
+
 def test_stages_stand_in_the_order_of_the_chain(run, note):
     for stage in ("evaluate", "pseudo", "train"):
         note(stage, "12")
@@ -198,7 +245,7 @@ def test_a_job_that_slurm_has_forgotten_is_unknown(run, note):
 def test_products_of_another_config_are_said_in_their_place(run, note, tiny_config):
     note("train", "12")
     save(tiny_config("seed=3"), run / "config.yaml")
-    assert rows(run)["train"]["progress"].startswith(f"? (run: {run} was started with another seed, data.train; ")
+    assert rows(run)["train"]["progress"].startswith(f"? (run: {run} was started with other settings (seed: 3 -> 0, data.train: ")
 
 
 def test_processes_of_this_machine_are_seen_without_slurm(run, note):

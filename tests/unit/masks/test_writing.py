@@ -209,5 +209,41 @@ def test_curves_and_the_last_line_say_how_it_went(tiny_config, weights, make_sha
         np.mean([np.bincount(mask_folder.read(out, f"image_{n}").ravel(), minlength=4) for n in range(20, 25)], axis=0) / 48 / 64
     )
     assert board.Histograms("classes")[1].histogram_value.bucket == pytest.approx(shares.tolist(), abs=1e-6)
-    last = [record.getMessage() for record in caplog.records if record.name.startswith("weakclip.")][-1]
+    last = [record.getMessage() for record in caplog.records if record.name.startswith("weakclip.masks.")][-1]
     assert last.startswith("25 masks, ") and last.endswith(f"{np.mean(agreements):.1f} % of seeded pixels agree on average")
+
+
+def classes_beyond_labels(caplog, config, data: str, weights: Path, out: Path, part: str | None = None) -> list[str]:
+    """The lines about such classes that a stage or one of its tasks ends with."""
+    caplog.clear()
+    run(config, data, weights, out, part)
+    return [record.getMessage() for record in caplog.records if "not labelled with" in record.getMessage()]
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_each_task_counts_its_masks_with_classes_that_the_labels_exclude(
+    tiny_config, weights, shards, tmp_path, caplog, processes
+):
+    caplog.set_level("INFO")
+    config, data = tiny_config(NO_CRF, f"pseudo.processes={processes}"), str(shards.root)
+    (whole,) = classes_beyond_labels(caplog, config, data, weights, tmp_path / "whole")
+    beyond = [not {0, 1}.issuperset(np.unique(mask_folder.read(tmp_path / "whole", f"image_{n}"))) for n in range(7)]
+    assert any(beyond)  # every image is labelled with class 1
+    assert whole == (
+        f"masks of {sum(beyond)} of 7 labelled images have a class that the image is not labelled with; "
+        "pseudo.restrict_to_labels=true gives such pixels to the image's labels or the background"
+    )
+    parts = [classes_beyond_labels(caplog, config, data, weights, tmp_path / "array", part) for part in ("0:1", "1:4")]
+    counts = [f"masks of {sum(each)} of {len(each)} labelled images" for each in (beyond[:2], beyond[2:]) if any(each)]
+    assert [line.partition(" have")[0] for lines in parts for line in lines] == counts
+    assert classes_beyond_labels(caplog, config, data, weights, tmp_path / "array") == []  # nothing was left to write
+
+
+def test_masks_that_keep_to_the_labels_and_images_without_any_are_not_counted(
+    tiny_config, weights, shards, make_shards, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    kept = tiny_config(NO_CRF, "pseudo.restrict_to_labels=true")
+    assert classes_beyond_labels(caplog, kept, str(shards.root), weights, tmp_path / "kept") == []
+    unlabelled = make_shards(tmp_path / "set", 3, 3, classes=(), cam=None, seed=None, mask=None)
+    assert classes_beyond_labels(caplog, tiny_config(NO_CRF), str(unlabelled.root), weights, tmp_path / "out") == []

@@ -277,7 +277,9 @@ def test_a_backbone_that_timm_does_not_know_is_refused(name):
 
 
 def test_an_image_size_of_half_a_patch_is_refused():
-    with pytest.raises(ConfigError, match="image_size is 72; it must be a multiple of the patch, 16"):
+    with pytest.raises(
+        ConfigError, match="classify.augment.crop is 72; it must be a multiple of the patch, 16: the nearest are 64 and 80"
+    ):
         MCTformer(4, TINY, image_size=72)
 
 

@@ -35,7 +35,7 @@ def test_errors_of_the_system_are_one_line_too_and_others_are_not_hidden(capsys)
 
         return main
 
-    assert "disk full: 'mask.png'" in one_line(capsys, fail(OSError(28, "disk full", "mask.png")))
+    assert one_line(capsys, fail(OSError(28, "Disk full", "mask.png"))) == "error: mask.png: disk full\n"
     assert "wrong" in one_line(capsys, fail(UserError("wrong")))
     for bug in (TypeError("a bug"), ValueError("operands could not be broadcast"), OSError("names no file")):
         with pytest.raises(type(bug)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from weakclip.config import ConfigError
 from weakclip.data.index import ShardError
@@ -98,8 +100,44 @@ def test_only_what_a_job_is_made_of_must_stay_the_same(config):
     others = replace(config, loss=replace(config.loss, tau=1.0), retrain=replace(config.retrain, test=config.pseudo))
     require_same_settings(jobs.retrain(others))
     changed = replace(config, retrain=replace(config.retrain, backbone="b1"))
-    with pytest.raises(ConfigError, match=r"was started with another retrain.backbone; set it as in"):
+    with pytest.raises(ConfigError, match=r"was started with other settings \(retrain.backbone: b0 -> b1\)"):
         require_same_settings(jobs.retrain(changed))
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["augment.crop=100"], "augment.crop is 100; it must be a multiple of the patch, 16: the nearest are 96 and 112"),
+        (["augment.crop=8"], "augment.crop is 8; .*: the nearest are 16 and 32"),
+        (["clip.model=ViT-L-14-336", "augment.crop=512"], "augment.crop is 512; .* patch, 14: the nearest are 504 and 518"),
+        (["clip.model=ViT-B-16-quickgelu", "augment.crop=500"], "augment.crop is 500; .*: the nearest are 496 and 512"),
+        (["clip.pretrained=demo", "augment.crop=90"], "augment.crop is 90; .*: the nearest are 80 and 96"),
+    ],
+)
+def test_a_crop_of_no_whole_patches_is_refused_by_the_names_in_the_recipe(tiny_config, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        jobs.check_crop(jobs.refine(tiny_config(*overrides)))
+
+
+def test_a_crop_of_no_whole_patches_is_refused_for_mctformer_and_allowed_for_other_networks(tiny_config):
+    changes = ("data.labelled=labelled", "cam.source=mctformer", "classify.augment.crop=100", "retrain.network=segformer")
+    config = tiny_config(*changes, "retrain.augment.crop=100")
+    with pytest.raises(
+        ConfigError, match="classify.augment.crop is 100; it must be a multiple of the patch, 16: the nearest are"
+    ):
+        jobs.check_crop(jobs.classify(config))
+    jobs.check_crop(jobs.retrain(config))
+
+
+def test_a_patch_that_only_the_weights_tell_is_checked_when_the_network_is_built(tiny_config, tiny_clip, tmp_path):
+    config = tiny_config("clip.model=null", f"clip.pretrained={tmp_path}/one.safetensors", "augment.crop=100")
+    state, architecture = load_file(tiny_clip / "open_clip_model.safetensors"), (tiny_clip / "open_clip_config.json").read_text()
+    save_file(state, tmp_path / "one.safetensors", {"model_cfg": json.dumps(json.loads(architecture)["model_cfg"])})
+    jobs.check_crop(jobs.refine(config))
+    with pytest.raises(
+        ConfigError, match="augment.crop is 100; it must be a multiple of the patch, 16: the nearest are 96 and 112"
+    ):
+        task_of(jobs.refine(config)).build(pretrained=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------- targets
@@ -137,7 +175,7 @@ def test_a_retraining_on_seeds_needs_no_pseudo_mask(tiny_config, shards, make_sh
 def test_a_retraining_on_seeds_goes_on_with_the_same_ones_alone(tiny_config):
     claim(jobs.retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds")), resume=False)
     others = jobs.retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds", "seeds.foreground=0.6"))
-    with pytest.raises(ConfigError, match=r"was started with another seeds; set it as in"):
+    with pytest.raises(ConfigError, match=r"was started with other settings \(seeds.foreground: 0.45 -> 0.6\)"):
         require_same_settings(others)
 
 
