@@ -6,18 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from weakclip.checkpoints.clip_files import place, weights_file
+from weakclip.checkpoints.clip_files import is_name, place, weights_file
 from weakclip.config import Config
 from weakclip.data.index import sha256
 
 
 def clip_es(config: Config) -> dict[str, Any]:
-    """Return the settings of CLIP-ES and the hash of CLIP's weights."""
+    """Return the settings of CLIP-ES and the hash of CLIP's weights, or the name by which open_clip downloads them."""
     clip = config.clip
     return {
         "cam": asdict(config.cam),
         "clip": {"model": clip.model, "image_size": clip.image_size},
-        **_made_by(place(clip.pretrained)),
+        **({"weights": clip.pretrained} if is_name(clip.pretrained) else _made_by(place(clip.pretrained))),
     }
 
 
