@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from weakclip.config import ConfigError
+from weakclip.models.timm_vit import as_open_clips
 from weakclip.runtime.torchvision_ops import declare_missing
 
 declare_missing()
@@ -44,7 +46,7 @@ def sibling(name: str, quick_gelu: bool) -> str | None:
 def check(architecture: Mapping[str, Any], source: str) -> None:
     """Raise ConfigError, which begins with `source`, unless the towers here can be of this model_cfg."""
     try:
-        reasons, patch = list(refusals(architecture)), architecture["vision_cfg"].get("patch_size", 16)
+        reasons, patch = list(refusals(architecture)), as_open_clips(architecture)["vision_cfg"].get("patch_size", 16)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{source}: not an architecture of open_clip ({error!r})") from error
     if reasons:
@@ -59,7 +61,7 @@ def build(architecture: Mapping[str, Any], source: str) -> Any:
     source: what states the architecture. Raises ConfigError, which begins with it, for one that is not supported.
     """
     check(architecture, source)
-    architecture = {key: value for key, value in architecture.items() if key != "custom_text"}
+    architecture = {key: value for key, value in as_open_clips(architecture).items() if key != "custom_text"}
     try:
         model = open_clip.CLIP(**architecture)
     except TypeError as error:
@@ -71,11 +73,11 @@ def build(architecture: Mapping[str, Any], source: str) -> Any:
 # Settings in which an architecture may differ from a plain CLIP. Another pooling, mask, vocabulary or tokenizer would give other
 # features.
 _VARIES = {"layers", "width", "head_width", "heads", "mlp_ratio", "patch_size", "image_size", "context_length"}
-_VARIES |= {"ls_init_value", "patch_dropout", "act_kwargs", "norm_kwargs"}
+_VARIES |= {"ls_init_value", "patch_dropout", "act_kwargs", "norm_kwargs", "no_ln_pre"}
 
 _REASONS = {
     "vision_cfg": {
-        "timm_model_name": "is timm's {}, not a plain ViT",
+        "timm_model_name": "is timm's {}, {}",
         "attentional_pool": "pools by attention, so patches have no joint embedding",
         "pool_type": "pools its patches ({}) and not the class token",
     },
@@ -89,12 +91,25 @@ _REASONS = {
 }
 """Why a setting of a tower is refused, the most telling ones first; {} is its value."""
 
+_TIMM = (
+    (r"siglip|pe_core", "which pools by attention, so patches have no joint embedding"),
+    (r"^eva02_enormous", "whose blocks have their norms after attention and MLP"),
+    (r"^eva02", "whose blocks have rotary position embeddings and gated MLPs"),
+    (r"^vit_\w+_mci", "whose patch embedding is a network of convolutions"),
+    (r"^vit_\w+_gap", "which has no class token"),
+    (r"^vit_relpos", "whose attention has relative positions"),
+    (r"^vit", "whose projection has a bias"),
+    (r"", "which is not a plain ViT"),
+)
+"""What is special about timm's models, by regular expressions of their names; the first that fits."""
+
 
 def refusals(architecture: Mapping[str, Any]) -> Iterator[str]:
     """Yield one reason for each tower of this model_cfg that the towers here cannot compute; none for a plain CLIP of any size.
 
     Raises KeyError or TypeError for what is no model_cfg.
     """
+    architecture = as_open_clips(architecture)
     towers = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg}
     for tower, kind in towers.items():
         cfg, name = kind(**architecture[tower]), f"its {tower.removesuffix('_cfg')} tower"
@@ -103,7 +118,9 @@ def refusals(architecture: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(cfg.layers, int):
             yield f"{name} is a ResNet"
         elif telling := next((setting for setting in _REASONS[tower] if setting in odd), None):
-            yield f"{name} {_REASONS[tower][telling].format(odd[telling])}"
+            value = odd[telling]
+            special = next((what for pattern, what in _TIMM if re.search(pattern, str(value))), "")
+            yield f"{name} {_REASONS[tower][telling].format(value, special)}"
         elif odd:
             yield f"{name} sets {', '.join(odd)}"
     if "multimodal_cfg" in architecture:

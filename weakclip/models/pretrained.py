@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -54,13 +55,17 @@ def _load(config: ClipConfig) -> tuple[Any, bool]:
 
 @cache
 def _warn_of_activation(path: Path, model: str) -> None:
-    """Warn, once, of weights that the default QuickGELU may not fit; a model with GELU was chosen on purpose."""
-    _log.warning(
+    """Warn, once in a job, of weights that the default QuickGELU may not fit; a model with GELU was chosen on purpose."""
+    other = f": clip.model={name}" if (name := architectures.sibling(model, False)) else ""
+    if sources.is_stated_beside(path):
+        other += f"; clip.pretrained={path.parent} clip.model=null takes the one that this directory states"
+    _log.log(
+        logging.INFO if int(os.environ.get("RANK", 0)) else logging.WARNING,
         "clip.pretrained: %s does not state its activation; clip.model=%s computes QuickGELU, as OpenAI's, MetaCLIP's and DFN's "
         "weights need, but most others need GELU%s",
         path,
         model,
-        f": clip.model={name}" if (name := architectures.sibling(model, False)) else "",
+        other,
     )
 
 

@@ -18,7 +18,7 @@ from weakclip.checkpoints import weight_files
 from weakclip.checkpoints.clip_files import HUB, is_name, place, weights_file
 from weakclip.config import ClipConfig, ConfigError
 from weakclip.data.photometric import NORMALISATIONS, Normalisation
-from weakclip.models import architectures, hugging_face
+from weakclip.models import architectures, hugging_face, timm_vit
 from weakclip.models.architectures import open_clip
 from weakclip.runtime.ranks import on_first
 
@@ -107,13 +107,16 @@ def _require_no_model(config: ClipConfig) -> None:
 
 OPENAIS = "OpenAI's archive"
 
+TRUNK = "visual.trunk."
+"""What the names of a vision tower of timm begin with."""
+
 _REFUSED = (
     ("backbone.class_embedding", "a released WeakCLIP; first run: weakclip convert {path} OUT.safetensors"),
     ("prompts_ND", "the trained part of a WeakCLIP, without its CLIP; set clip.pretrained to the CLIP that it was trained on"),
     ("vision_model.head.probe", "Hugging Face's SigLIP, whose attention pooling gives patches no joint embedding"),
     ("text_decoder.", "open_clip's CoCa, whose text tower serves a decoder"),
     ("text.cls_emb", "open_clip's CoCa, whose text tower serves a decoder"),
-    ("visual.trunk.", "a CLIP of open_clip with a vision tower of timm, which is not a plain ViT"),
+    (TRUNK, "a CLIP of open_clip with a vision tower of timm, which is not a plain ViT"),
     ("visual.layer1.", "a CLIP with a ResNet; only ViTs are supported"),
     ("text.text_projection.weight", "open_clip's CustomTextCLIP with a text projection that has a bias"),
     ("text.transformer.embeddings.", "open_clip's CustomTextCLIP with a text tower of Hugging Face"),
@@ -131,7 +134,12 @@ def recognised(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str
 
     Raises ConfigError for the format of another model.
     """
-    state = dict(tensors)
+    state, open_clips = dict(tensors), "open_clip's CLIP"
+    trunk = {name.removeprefix(TRUNK): tensor for name, tensor in state.items() if name.startswith(TRUNK)}
+    if vision := timm_vit.to_open_clip(trunk):
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(TRUNK)}
+        state |= {f"visual.{name}": tensor for name, tensor in vision.items()}
+        open_clips += " with a ViT of timm"
     if converted := {name.removeprefix("clip."): tensor for name, tensor in state.items() if name.startswith("clip.")}:
         return "a CLIP in a WeakCLIP of ours", converted
     if what := next((what for mark, what in _REFUSED if any(name.startswith(mark) for name in state)), None):
@@ -140,10 +148,10 @@ def recognised(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str
         return "Hugging Face's CLIPModel", hugging_face.to_open_clip(state)
     if all(number in state for number in OPENAIS_NUMBERS):
         return OPENAIS, {name: tensor for name, tensor in state.items() if name not in OPENAIS_NUMBERS}
-    if "text.token_embedding.weight" in state:
-        return "open_clip's CustomTextCLIP", {name.removeprefix("text."): tensor for name, tensor in state.items()}
+    if "text.token_embedding.weight" in state:  # CustomTextCLIP
+        return open_clips, {name.removeprefix("text."): tensor for name, tensor in state.items()}
     if "visual.class_embedding" in state:
-        return "open_clip's CLIP", state
+        return open_clips, state
     return "of no known format", state
 
 
@@ -182,6 +190,11 @@ def in_directory(folder: Path) -> tuple[Path, Stated]:
     if re.search(r"-\d{5}-of-\d{5}\.", weights.name):
         raise ConfigError(f"clip.pretrained: {weights} is one of several files of weights; save them as one .safetensors file")
     return weights, Stated(architecture, architecture.get("quick_gelu", False), normalisation, settings)
+
+
+def is_stated_beside(weights: Path) -> bool:
+    """Return whether the directory of a file of weights states their architecture."""
+    return any((weights.parent / settings).is_file() for settings in (OPEN_CLIP, HUGGING_FACE))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -228,7 +241,9 @@ def _named(config: ClipConfig) -> tuple[Path, Stated]:
     stated = Stated(None, bool(cfg.get("quick_gelu")), Normalisation.of_unit(cfg["mean"], cfg["std"]))
     check_activation(stated, architecture, f"clip.pretrained: {tag}", name)
     repository = cfg["hf_hub"].rpartition("/")[0]
-    return _downloaded(lambda: [open_clip.pretrained.download_pretrained(cfg)], f"{tag} of {name}", repository)[0], stated
+    return _downloaded(lambda: [open_clip.pretrained.download_pretrained(cfg)], f"{tag} of {name}", repository, "open_clip*")[
+        0
+    ], stated
 
 
 def _on_hub(config: ClipConfig) -> tuple[Path, Stated]:
@@ -252,7 +267,7 @@ def _on_hub(config: ClipConfig) -> tuple[Path, Stated]:
     return in_directory(_downloaded(download, config.pretrained, repository)[0].parent)
 
 
-def _downloaded(download: Callable[[], list[str]], what: str, repository: str) -> list[Path]:
+def _downloaded(download: Callable[[], list[str]], what: str, repository: str, files: str = "*") -> list[Path]:
     """Return the files that `download` leaves in the cache. Rank 0 calls it first, then the ranks that do not see its cache."""
 
     def fetch() -> list[Path]:
@@ -263,12 +278,12 @@ def _downloaded(download: Callable[[], list[str]], what: str, repository: str) -
             folder = f"weights/{repository.rpartition('/')[2]}"
             raise ConfigError(
                 f"clip.pretrained: {what} is not in the cache and cannot be downloaded ({type(error).__name__}: {reason}); where "
-                f"there is a network, as on a login node, run: hf download {repository} --local-dir {folder}; then set "
-                f"clip.pretrained={folder} clip.model=null"
+                f"there is a network, as on a login node, run: hf download {repository} --include '{files}' --local-dir {folder}; "
+                f"then set clip.pretrained={folder} clip.model=null"
             ) from error
 
-    files = on_first(fetch)
-    return files if all(file.exists() for file in files) else fetch()
+    found = on_first(fetch)
+    return found if all(file.exists() for file in found) else fetch()
 
 
 # ----------------------------------------------------------------------------------------------------------- agreement

@@ -148,6 +148,21 @@ def test_unknown_weights_with_quick_gelu_are_one_warning(tmp_path, make_tiny_cli
     assert "\n" not in message
 
 
+def test_the_warning_names_a_directory_that_states_the_activation(tmp_path, tiny_clip, caplog):
+    for file in tiny_clip.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    load(tmp_path / "open_clip_model.safetensors", QUICK)
+    assert caplog.messages[-1].endswith(f"; clip.pretrained={tmp_path} clip.model=null takes the one that this directory states")
+
+
+def test_the_other_ranks_of_a_job_do_not_repeat_the_warning(tmp_path, make_tiny_clip, caplog, monkeypatch):
+    torch.save(make_tiny_clip().state_dict(), tmp_path / "unknown.pt")
+    monkeypatch.setenv("RANK", "3")
+    with caplog.at_level(logging.WARNING):
+        load(tmp_path / "unknown.pt", QUICK)
+    assert not caplog.records
+
+
 # ------------------------------------------------------------------------------------------------------ normalisation
 
 
@@ -278,14 +293,15 @@ def test_without_a_network_one_line_says_how_to_fetch_a_tag(cache, tag, pretrain
     assert str(caught.value).startswith(
         f"clip.pretrained: {pretrained} of {model} is not in the cache and cannot be downloaded ("
     )
-    assert f"run: hf download {repository} --local-dir {folder}; then set clip.pretrained={folder} clip.model=null" in str(
-        caught.value
-    )
+    command = f"hf download {repository} --include 'open_clip*' --local-dir {folder}"
+    assert f"run: {command}; then set clip.pretrained={folder} clip.model=null" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_without_a_network_a_name_on_the_hub_says_the_same(cache):
-    with pytest.raises(ConfigError, match="hf-hub:org/none is not in the cache .* hf download org/none --local-dir weights/none"):
+    with pytest.raises(
+        ConfigError, match="hf-hub:org/none is not in the cache .* hf download org/none --include .* --local-dir weights/none"
+    ):
         load("hf-hub:org/none")
 
 
