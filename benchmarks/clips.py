@@ -3,7 +3,7 @@
     python benchmarks/clips.py > table.md
 
 The weights are random, in towers of their own width, patch, image size and text length, but of four blocks, so that the largest
-needs about 3 GiB of memory. Per-patch embeddings are compared with open_clip's norm and projection of its last tokens.
+needs 2 GiB of memory. Per-patch embeddings are compared with open_clip's norm and projection of its last tokens.
 """
 
 from __future__ import annotations

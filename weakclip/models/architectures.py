@@ -98,7 +98,7 @@ _TIMM = (
     (r"^vit_\w+_mci", "whose patch embedding is a network of convolutions"),
     (r"^vit_\w+_gap", "which has no class token"),
     (r"^vit_relpos", "whose attention has relative positions"),
-    (r"^vit", "whose projection has a bias"),
+    (r"^vit_", "whose projection has a bias"),
     (r"", "which is not a plain ViT"),
 )
 """What is special about timm's models, by regular expressions of their names; the first that fits."""

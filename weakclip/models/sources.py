@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,9 @@ from weakclip.checkpoints import weight_files
 from weakclip.checkpoints.clip_files import HUB, is_name, place, weights_file
 from weakclip.config import ClipConfig, ConfigError
 from weakclip.data.photometric import NORMALISATIONS, Normalisation
-from weakclip.models import architectures, hugging_face, timm_vit
+from weakclip.models import architectures, hub, hugging_face, timm_vit
 from weakclip.models.architectures import open_clip
-from weakclip.runtime.ranks import on_first
-
-OPEN_CLIP, HUGGING_FACE, PREPROCESSOR = "open_clip_config.json", "config.json", "preprocessor_config.json"
-"""Files beside the weights: open_clip's architecture and preprocessing, transformers' architecture, and its preprocessing."""
+from weakclip.models.hub import HUGGING_FACE, OPEN_CLIP, PREPROCESSOR
 
 # Metadata of a converted file (weakclip.convert): open_clip's model_cfg as JSON, "doubled" if the class embedding is doubled,
 # "quick_gelu" or "gelu" where the architecture is not stated, and open_clip's preprocess_cfg as JSON.
@@ -222,9 +219,10 @@ def _normalisation(settings: Mapping[str, Any], mean: str, std: str, path: Path)
 
 
 def _named(config: ClipConfig) -> tuple[Path, Stated]:
-    """Return weights that open_clip downloads. One rank does so while the others wait; open_clip keeps them in its cache."""
+    """Return the weights that a tag or a name on the Hub means."""
     if config.pretrained.startswith(HUB):
-        return _on_hub(config)
+        _require_no_model(config)
+        return in_directory(hub.folder_of(config.pretrained.removeprefix(HUB)))
     name, tag = config.model, config.pretrained
     if name is None:
         raise ConfigError(f"clip.pretrained: {tag} does not exist; for a tag of open_clip set clip.model to a name of open_clip")
@@ -240,50 +238,7 @@ def _named(config: ClipConfig) -> tuple[Path, Stated]:
         )
     stated = Stated(None, bool(cfg.get("quick_gelu")), Normalisation.of_unit(cfg["mean"], cfg["std"]))
     check_activation(stated, architecture, f"clip.pretrained: {tag}", name)
-    repository = cfg["hf_hub"].rpartition("/")[0]
-    return _downloaded(lambda: [open_clip.pretrained.download_pretrained(cfg)], f"{tag} of {name}", repository, "open_clip*")[
-        0
-    ], stated
-
-
-def _on_hub(config: ClipConfig) -> tuple[Path, Stated]:
-    """Return the weights of a repository of open_clip's layout, or of transformers'."""
-    repository, fetch = config.pretrained.removeprefix(HUB), open_clip.pretrained.download_pretrained_from_hf
-    _require_no_model(config)
-
-    def found(file: str) -> str | None:
-        try:
-            return fetch(repository, filename=file)
-        except FileNotFoundError:  # which open_clip raises whatever happened
-            return None
-
-    def download() -> list[str]:
-        if settings := found(OPEN_CLIP):
-            return [settings, fetch(repository)]
-        settings = fetch(repository, filename=HUGGING_FACE)
-        found(PREPROCESSOR)
-        return [settings, found("model.safetensors") or fetch(repository, filename="pytorch_model.bin")]
-
-    return in_directory(_downloaded(download, config.pretrained, repository)[0].parent)
-
-
-def _downloaded(download: Callable[[], list[str]], what: str, repository: str, files: str = "*") -> list[Path]:
-    """Return the files that `download` leaves in the cache. Rank 0 calls it first, then the ranks that do not see its cache."""
-
-    def fetch() -> list[Path]:
-        try:
-            return [Path(file) for file in download()]
-        except Exception as error:  # huggingface_hub and urllib raise almost anything without a network
-            reason = " ".join(str(error).split())[:200]
-            folder = f"weights/{repository.rpartition('/')[2]}"
-            raise ConfigError(
-                f"clip.pretrained: {what} is not in the cache and cannot be downloaded ({type(error).__name__}: {reason}); where "
-                f"there is a network, as on a login node, run: hf download {repository} --include '{files}' --local-dir {folder}; "
-                f"then set clip.pretrained={folder} clip.model=null"
-            ) from error
-
-    found = on_first(fetch)
-    return found if all(file.exists() for file in found) else fetch()
+    return hub.weights_of(tag, name, cfg), stated
 
 
 # ----------------------------------------------------------------------------------------------------------- agreement

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from weakclip.config import ConfigError
@@ -17,6 +19,20 @@ def test_each_model_of_open_clip_is_supported_or_refused_with_a_reason():
     assert {"RN50", "coca_ViT-L-14", "ViT-B-16-SigLIP", "EVA02-L-14", "PE-Core-B-16", "ViT-H-14-CLIPA"} <= others
     of_timm = {name for name in supported if named(name)["vision_cfg"].get("timm_model_name")}
     assert of_timm == {"EVA01-g-14", "EVA01-g-14-plus"}
+
+
+def test_the_table_in_the_docs_is_that_of_these_models(repo):
+    rows = re.findall(r"^\| (\S+) \| (.*) \|$", (repo / "docs/weights.md").read_text(), re.MULTILINE)
+    said = {name: text for name, text in rows if name in open_clip.list_models()}
+    assert len(said) > 100
+    for name, text in said.items():
+        try:
+            check(named(name), "here")
+        except ConfigError as error:
+            assert str(error).endswith(text)
+        else:
+            differences = re.fullmatch(r"supported; (\S+), (\S+), (\S+), (\S+)", text)
+            assert differences and max(map(float, differences.groups())) < 1e-5
 
 
 @pytest.mark.parametrize(

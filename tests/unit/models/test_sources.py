@@ -6,16 +6,14 @@ import json
 import logging
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from weakclip import convert
-from weakclip.checkpoints.clip_files import is_name, weights_file
+from weakclip.checkpoints.clip_files import weights_file
 from weakclip.config import ClipConfig, ConfigError
 from weakclip.data.photometric import IMAGENET, NORMALISATIONS
-from weakclip.models import sources
 from weakclip.models.clip import FrozenClip, open_clip
 
 QUICK, GELU, TAG = "tiny-sources-quickgelu", "tiny-sources", "tiny_tag"
@@ -230,117 +228,6 @@ def test_a_recipe_is_checked_where_the_model_is_built(stating, tiny_config):
         WeakCLIP(config, class_names(config.classes))
     config = tiny_config(f"clip.pretrained={folder}", "clip.normalisation=source")
     assert WeakCLIP(config, class_names(config.classes)).normalisation.mean == (127.5,) * 3
-
-
-# ------------------------------------------------------------------------------------------------------- tags, the Hub
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache of the Hugging Face Hub, without a network."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return tmp_path / "hub"
-
-
-def cached(cache: Path, repository: str, folder: Path) -> None:
-    """Put the files of a folder into the cache, as huggingface_hub lays it out."""
-    place = cache / f"models--{repository.replace('/', '--')}"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs/main").write_text("0123abcd")
-    (place / "snapshots/0123abcd").mkdir(parents=True)
-    for file in folder.iterdir():
-        (place / "snapshots/0123abcd" / file.name).symlink_to(file)
-
-
-@pytest.fixture
-def tag(monkeypatch) -> None:
-    """A tag of both tiny models that open_clip has in org/tiny, trained with QuickGELU."""
-    entry = open_clip.pretrained._pcfg(hf_hub="org/tiny/", quick_gelu=True)
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, QUICK, {TAG: entry})
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, GELU, {TAG: entry})
-
-
-def test_a_tag_and_a_name_on_the_hub_come_from_the_cache(cache, tag, tiny_clip):
-    cached(cache, "org/tiny", tiny_clip)
-    by_tag, by_name = load(TAG, QUICK), load("hf-hub:org/tiny")
-    assert same(by_tag, load(tiny_clip)) and same(by_name, load(tiny_clip))
-    assert by_tag.trained_with == NORMALISATIONS["clip"] and by_name.trained_with is None
-
-
-def test_a_name_on_the_hub_may_be_of_transformers_layout(cache, tmp_path):
-    import transformers
-
-    config = transformers.CLIPConfig(
-        text_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
-        vision_config={"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 16, "image_size": 64},
-        projection_dim=16,
-    )
-    transformers.CLIPModel(config).save_pretrained(tmp_path / "theirs")
-    (tmp_path / "theirs/preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
-    cached(cache, "org/theirs", tmp_path / "theirs")
-    assert load("hf-hub:org/theirs").trained_with.mean == (127.5,) * 3
-
-
-@pytest.mark.parametrize(
-    "pretrained, model, repository",
-    [(TAG, QUICK, "org/tiny"), ("openai", "ViT-B-16-quickgelu", "timm/vit_base_patch16_clip_224.openai")],
-)
-def test_without_a_network_one_line_says_how_to_fetch_a_tag(cache, tag, pretrained, model, repository):
-    folder = f"weights/{repository.partition('/')[2]}"
-    with pytest.raises(ConfigError) as caught:
-        load(pretrained, model)
-    assert str(caught.value).startswith(
-        f"clip.pretrained: {pretrained} of {model} is not in the cache and cannot be downloaded ("
-    )
-    command = f"hf download {repository} --include 'open_clip*' --local-dir {folder}"
-    assert f"run: {command}; then set clip.pretrained={folder} clip.model=null" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_without_a_network_a_name_on_the_hub_says_the_same(cache):
-    with pytest.raises(
-        ConfigError, match="hf-hub:org/none is not in the cache .* hf download org/none --include .* --local-dir weights/none"
-    ):
-        load("hf-hub:org/none")
-
-
-def test_a_contradiction_is_found_before_a_download(cache, tag):
-    with pytest.raises(
-        ConfigError, match=f"{TAG} was trained with QuickGELU, but {GELU} computes GELU; set clip.model to {QUICK}"
-    ):
-        load(TAG, GELU)
-    with pytest.raises(ConfigError, match="clip.model must be null when clip.pretrained is hf-hub:org/tiny: it states its own"):
-        load("hf-hub:org/tiny", QUICK)
-    with pytest.raises(ConfigError, match="clip.model: only CLIPs with a plain ViT"):
-        load("webli", "ViT-B-16-SigLIP")
-
-
-def test_an_unknown_tag_names_those_of_the_model_and_the_model_of_the_tag(cache):
-    with pytest.raises(
-        ConfigError,
-        match="laion2b_s34b_b88k neither exists nor is a tag of open_clip for clip.model=ViT-B-16-quickgelu, whose tags are: "
-        "openai, .*; "
-        "laion2b_s34b_b88k is for clip.model=ViT-B-16 or ViT-g-14",
-    ):
-        load("laion2b_s34b_b88k", "ViT-B-16-quickgelu")
-    with pytest.raises(ConfigError, match="nothing neither exists nor is a tag .*, whose tags are: none$"):
-        load("nothing", QUICK)
-    with pytest.raises(ConfigError, match="openai does not exist; for a tag of open_clip set clip.model"):
-        load("openai")
-
-
-def test_a_rank_that_does_not_see_the_first_ranks_cache_downloads_itself(cache, tag, tiny_clip, monkeypatch):
-    cached(cache, "org/tiny", tiny_clip)
-    monkeypatch.setattr(sources, "on_first", lambda work: [Path("/cache of/another node")])
-    assert same(load(TAG, QUICK), load(tiny_clip))
-
-
-def test_a_directory_comes_before_a_tag_of_its_name(cache, tag, tiny_clip, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert is_name("openai") and is_name("hf-hub:org/name") and not is_name("demo") and not is_name("weights/ViT-B-16.pt")
-    Path(TAG).symlink_to(tiny_clip)
-    assert not is_name(TAG) and same(load(TAG), load(tiny_clip))
 
 
 # -------------------------------------------------------------------------------------------------------- directories
