@@ -43,7 +43,7 @@ def _load(config: ClipConfig) -> tuple[Any, bool]:
     where = f"clip.pretrained: {path}"
     architecture = architectures.as_large_as(state, stated.architecture or architectures.named(config.model))
     sources.check_activation(stated, architecture, where, config.model)
-    model = architectures.build(architecture, "clip.model" if config.model else f"clip.pretrained: {stated.settings or path}")
+    model = architectures.build(architecture, "clip.model" if config.model else f"clip.pretrained: {stated.settings}")
     state = unpack_tokens(state, model.token_embedding.num_embeddings)
     state = {"logit_scale": model.logit_scale, **state}  # not used here, and missing in released WeakCLIPs
     state_dict.load_into(model, state, f"{where} ({kind})", "set clip.model to the architecture of these weights")

@@ -52,7 +52,7 @@ class Stated(NamedTuple):
     normalisation: Normalisation | None = None
     """Mean and std with which they were trained."""
     settings: Path | None = None
-    """The file that states the architecture, if it is not that of the weights."""
+    """The file that states the architecture."""
 
 
 class Source(NamedTuple):
@@ -77,14 +77,15 @@ def read(config: ClipConfig) -> Source:
     path, stated = _named(config) if is_name(config.pretrained) else _placed(config)
     try:
         tensors, meta = archive = weight_files.read(path)
-        architecture = weight_files.json_of(archive, ARCHITECTURE, path)
-        preprocessing = weight_files.json_of(archive, PREPROCESSING, path)
+        architecture, images = (weight_files.json_of(archive, key, path) or {} for key in (ARCHITECTURE, PREPROCESSING))
     except weight_files.ArchiveError as error:
         raise ConfigError(f"clip.pretrained: {error}") from error
+    if not isinstance(architecture, dict) or not isinstance(images, dict):
+        raise ConfigError(f"clip.pretrained: {path}: its metadata {ARCHITECTURE} and {PREPROCESSING} must be settings")
     if architecture:
-        stated = Stated(architecture, architecture.get("quick_gelu", False))
-    if preprocessing:
-        stated = stated._replace(normalisation=_normalisation(preprocessing, "mean", "std", path))
+        stated = stated._replace(architecture=architecture, quick_gelu=architecture.get("quick_gelu", False), settings=path)
+    if images:
+        stated = stated._replace(normalisation=_normalisation(images, "mean", "std", path))
     if ACTIVATION in meta:
         stated = stated._replace(quick_gelu=meta[ACTIVATION] == "quick_gelu")
     if stated.architecture is not None:
@@ -123,7 +124,7 @@ _REFUSED = (
     ("patch_embed.proj.", "a ViT of timm without a text tower; a CLIP's two towers are needed"),
     ("embeddings.patch_embeddings.projection.", "a ViT of Hugging Face without a text tower; a CLIP's two towers are needed"),
 )
-"""What the first name is that tells a format which is not supported, and what to say about it."""
+"""What the names of a format begin with that is not supported, and what to say about it; the first that fits counts."""
 
 
 def recognised(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str, Tensor]]:

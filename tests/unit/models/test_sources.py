@@ -233,6 +233,14 @@ def test_a_recipe_is_checked_where_the_model_is_built(stating, tiny_config):
 # -------------------------------------------------------------------------------------------------------- directories
 
 
+@pytest.mark.parametrize("key", ["model_cfg", "preprocess_cfg"])
+def test_metadata_that_is_no_settings_is_refused(tmp_path, make_tiny_clip, key):
+    state = {name: tensor.contiguous() for name, tensor in make_tiny_clip().state_dict().items()}
+    save_file(state, tmp_path / "odd.safetensors", {key: "[1]"})
+    with pytest.raises(ConfigError, match="odd.safetensors: its metadata model_cfg and preprocess_cfg must be settings"):
+        load(tmp_path / "odd.safetensors", QUICK)
+
+
 def test_open_clips_weights_come_before_others_in_a_directory(tmp_path, tiny_clip):
     assert weights_file(tmp_path) is None
     for name in ("optimizer.pt", "training_args.bin", "pytorch_model.bin", "model.safetensors", "open_clip_model.safetensors"):
