@@ -218,10 +218,11 @@ class ClipConfig:
 
     model: str | None = "ViT-B-16-quickgelu"
     """Name of the architecture in open_clip (a ViT with patch 14 or 16). Null where `pretrained` states its own architecture, as
-    a directory does."""
+    a directory and hf-hub: do."""
     pretrained: str = "weights/ViT-B-16.pt"
-    """OpenAI's archive, an open_clip checkpoint, a directory with open_clip_config.json and weights, "demo" (ships with the
-    package), or "none": random initialization, for tests and timings only."""
+    """OpenAI's archive; a file of open_clip or Hugging Face; a directory of one, with its open_clip_config.json or config.json; a
+    tag of open_clip for `model` (openai, laion2b_s34b_b88k) or hf-hub:ORG/NAME, which open_clip downloads into its cache; "demo"
+    (ships with the package); or "none": random initialization, for tests and timings only. docs/weights.md lists the models."""
     image_size: int = 512
     """Image side, in pixels, to whose token grid the position embedding is resized once, when the model is built."""
     name_tokens: int = 5
@@ -231,14 +232,16 @@ class ClipConfig:
     double_class_embedding: bool = True
     """Add the class embedding twice to the class token, as published. False: CLIP as it was trained."""
     normalisation: str = "imagenet"
-    """Mean and std with which images are normalised: imagenet, as published, or clip (with which OpenAI's was trained)."""
+    """Mean and std with which images are normalised: imagenet, as published, clip (with which OpenAI's was trained), or source:
+    those that `pretrained` states. A tag or directory that states others than the chosen ones is refused; only imagenet may
+    stand for clip, because the published recipe uses ImageNet's with OpenAI's weights."""
     taps: list[int] | None = None
     """Indices, from 0, of the four blocks that feed the pyramid. Null: 3, 5, 7, 11 of twelve, the same fractions of other
     depths."""
 
     def __post_init__(self) -> None:
         _require(self.name_tokens >= 3, "clip.name_tokens must be 3 or more: start, name, end")
-        _require(self.normalisation in ("imagenet", "clip"), "clip.normalisation must be imagenet or clip")
+        _require_choice("clip.normalisation", self.normalisation, ("imagenet", "clip", "source"))
         _require(self.taps is None or len(self.taps) == 4, "clip.taps must be four block numbers")
         _require(0 <= self.drop_path < 1, "clip.drop_path must lie in 0..1")
 
@@ -475,7 +478,8 @@ class CamConfig:
     )  # fmt: skip
     """Names that compete with an image's labels in the softmax. Empty: all other classes compete."""
     normalisation: str = "clip"
-    """Mean and std with which images are normalised, as in CLIP's training: clip (OpenAI's) or imagenet (the demo's)."""
+    """Mean and std with which images are normalised, as in CLIP's training: clip (OpenAI's), imagenet (the demo's), or source, as
+    `clip.normalisation`."""
     scales: list[float] = field(default_factory=lambda: [1.0])
     """Factors on `data.scale`; maps are averaged over them. Sides are rounded to whole patches."""
     flip: bool = False
@@ -494,7 +498,7 @@ class CamConfig:
         for prompt in self.prompts:
             _require(prompt.count("{}") == 1, f"cam.prompts: {prompt!r} must have exactly one {{}}, in place of the class name")
         _require(self.prompt_images >= 1, "cam.prompt_images must be 1 or more")
-        _require(self.normalisation in ("imagenet", "clip"), "cam.normalisation must be imagenet or clip")
+        _require_choice("cam.normalisation", self.normalisation, ("imagenet", "clip", "source"))
         _require(bool(self.scales) and min(self.scales) > 0, "cam.scales must be positive numbers")
         _require(self.attention_blocks >= 1, "cam.attention_blocks must be 1 or more")
         _require(0 <= self.box_threshold <= 1, "cam.box_threshold must lie in 0..1")

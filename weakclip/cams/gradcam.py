@@ -33,7 +33,7 @@ def activation_maps(
 
     image_HW3: uint8 RGB. texts_CE: unit embeddings on the CLIP's device. scale: `data.scale`. size: h, w of the maps.
     """
-    device, normalisation = texts_CE.device, config.normalisation
+    device, normalisation = texts_CE.device, clip.normalisation("cam.normalisation", config.normalisation)
     images = (maps.network_input(clip.vision.patch, image_HW3, normalisation, scale, factor, device) for factor in config.scales)
     return maps.average_maps(
         lambda image_13HW: maps_at_one_size(clip, image_13HW, texts_CE, n, config), images, config.flip, size

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weakclip.data.photometric import NORMALISATIONS
+from weakclip.data.photometric import Normalisation
 from weakclip.data.transforms import Size, resize_image, scaled_size
 
 
@@ -29,7 +29,7 @@ def average_maps(maps_of: Callable[[Tensor], Tensor], images: Iterable[Tensor], 
 
 
 def network_input(
-    patch: int, image_HW3: np.ndarray, normalisation: str, scale: Sequence[int], factor: float, device: torch.device
+    patch: int, image_HW3: np.ndarray, normalisation: Normalisation, scale: Sequence[int], factor: float, device: torch.device
 ) -> Tensor:
     """Return the image resized to fit into `scale` times `factor` and normalised, float32 1 x 3 x H x W.
 
@@ -39,7 +39,7 @@ def network_input(
     sides = scaled_size(H, W, scale, factor)
     height, width = (max(round(side / patch), 1) * patch for side in sides)
     resized_13HW = torch.from_numpy(resize_image(image_HW3, (height, width))).to(device).permute(2, 0, 1)[None].float()
-    return NORMALISATIONS[normalisation].apply(resized_13HW)
+    return normalisation.apply(resized_13HW)
 
 
 def stretch(maps_nL: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from weakclip.cams import maps
 from weakclip.checkpoints import weights
 from weakclip.config import Config
 from weakclip.data.index import Index
+from weakclip.data.photometric import IMAGENET
 from weakclip.data.sample import Cam, DecodedSample
 from weakclip.data.transforms import Size
 from weakclip.datasets.cam_files import pack_cam, quarter
@@ -70,7 +71,7 @@ def activation_maps(
         return maps_nL.unflatten(1, found.maps_BChw.shape[2:])
 
     device = network.cls_token.device
-    images = (maps.network_input(network.patch, image_HW3, "imagenet", scale, factor, device) for factor in scales)
+    images = (maps.network_input(network.patch, image_HW3, IMAGENET, scale, factor, device) for factor in scales)
     return maps.average_maps(maps_of, images, flip, size)
 
 

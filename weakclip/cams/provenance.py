@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from weakclip import labels
-from weakclip.checkpoints.clip_files import place, weights_file, words_unknown_to_the_demo
+from weakclip.checkpoints.clip_files import is_name, place, weights_file, words_unknown_to_the_demo
 from weakclip.config import Config, ConfigError
 from weakclip.data.index import sha256
 
 
 def clip_es(config: Config) -> dict[str, Any]:
-    """Return the settings of CLIP-ES and the hash of CLIP's weights.
+    """Return the settings of CLIP-ES and the hash of CLIP's weights, or the name by which open_clip downloads them.
 
     Raises ConfigError when the CLIP that ships is to find classes that it does not know.
     """
@@ -24,7 +24,7 @@ def clip_es(config: Config) -> dict[str, Any]:
     return {
         "cam": asdict(config.cam),
         "clip": {"model": clip.model, "image_size": clip.image_size},
-        **_made_by(place(clip.pretrained)),
+        **({"weights": clip.pretrained} if is_name(clip.pretrained) else _made_by(place(clip.pretrained))),
     }
 
 

@@ -53,6 +53,7 @@ class PromptedClip:
         # WeakCLIP's published recipe doubles the class embedding; CAMs need CLIP as it was trained.
         clip = replace(config.clip, double_class_embedding=False, name_tokens=max(ids_UL.shape[1], 3))
         self.clip = FrozenClip(clip, prompts=0).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.normalisation = self.clip.normalisation("cam.normalisation", config.cam.normalisation)
         _check_known(self.clip, ids_UL, texts)
         rows_PUE = self._embed(ids_UL).unflatten(0, (len(config.cam.prompts), -1))
         parts = [rows_UE.split([len(names), len(config.cam.background_names)]) for rows_UE in rows_PUE]
@@ -90,7 +91,7 @@ class PromptedClip:
     @torch.no_grad()
     def _embed_image(self, image_HW3: np.ndarray) -> Tensor:
         vision, options, scale, device = self.clip.vision, self.config.cam, self.config.data.scale, self.clip.vision.proj.device
-        image_13HW = maps.network_input(vision.patch, image_HW3, options.normalisation, scale, options.scales[0], device)
+        image_13HW = maps.network_input(vision.patch, image_HW3, self.normalisation, scale, options.scales[0], device)
         tokens_1TD = gradcam.before_last_block(vision, image_13HW, 1)[0]
         return gradcam.pooled(vision, tokens_1TD, vision.blocks[-1].ln_1(tokens_1TD))
 

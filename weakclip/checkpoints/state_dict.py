@@ -1,4 +1,4 @@
-"""Checking whether tensors fit a model. One line names missing keys, unexpected keys and shape mismatches."""
+"""Checking whether tensors fit a model. One line names missing keys, unexpected keys, shape mismatches and what is not finite."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str, hint
 
 
 def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, hint: str) -> None:
-    """Raise ConfigError unless both have the same names and shapes. It names `where` and ends with `hint`."""
+    """Raise ConfigError unless both have the same names and shapes, and `found` is finite. It names `where`.
+
+    hint: how to mend names and shapes, with which their message ends.
+    """
     missing = [name for name in expected if name not in found]
     further = [name for name in found if name not in expected]
     reshaped = [
@@ -30,6 +33,8 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where
     faults = (("missing keys", missing), ("unexpected keys", further), ("shape mismatch", reshaped))
     if said := "; ".join(f"{what} ({len(names)}): {some(names)}" for what, names in faults if names):
         raise ConfigError(f"{where}: does not fit; {said}; {hint}")
+    if broken := [name for name, tensor in found.items() if not tensor.is_meta and not tensor.isfinite().all()]:
+        raise ConfigError(f"{where}: NaN or infinity in {some(broken)}; its training diverged, so take earlier weights")
 
 
 def some(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import pickletools
 import re
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +50,14 @@ _SLACK = 2**26
 def read(path: Path) -> Archive:
     """Return the weights in a safetensors file, a zip of torch.save (torch 1.6 or newer) or a TorchScript archive.
 
-    Of a checkpoint its `state_dict` or `model` is returned, without the prefix "module." if all names have it.
-    Raises ArchiveError.
+    Of a checkpoint its `state_dict` or `model` is returned. Names are those of the bare module, without what torch.compile
+    ("_orig_mod." at any place) and DataParallel ("module." before all names) add to them. Raises ArchiveError.
     """
     try:
         archive, limit = _read(path), path.stat().st_size + _SLACK
         if not archive.tensors:
             raise ArchiveError("holds no tensors")
+        archive = archive._replace(tensors=_unwrapped(archive.tensors))
         if large := [name for name, tensor in archive.tensors.items() if tensor.nbytes > limit]:
             raise ArchiveError(f"claims more bytes for {large[0]!r} alone than the file has")
         return archive
@@ -137,9 +139,16 @@ def _checkpoint(content: Any) -> Archive:
         raise ArchiveError("holds a dict whose keys are not names instead of a state dict")
     if odd := [repr(name[:50]) for name, value in state.items() if not _is_plain(value)]:
         raise ArchiveError(f"does not hold a state dict: {', '.join(odd[:3])}{', ...' if odd[3:] else ''} are not plain tensors")
-    prefix = "module." if all(name.startswith("module.") for name in state) else ""
-    tensors = {name.removeprefix(prefix): value.detach() for name, value in state.items()}
-    return Archive(tensors, meta if isinstance(meta, dict) else {})
+    return Archive({name: value.detach() for name, value in state.items()}, meta if isinstance(meta, dict) else {})
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = [re.sub(r"(?<![^.])_orig_mod\.", "", name) for name in tensors]
+    while all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ArchiveError(f"holds {twice[0]!r} twice, with and without the prefix of torch.compile")
+    return dict(zip(names, tensors.values(), strict=True))
 
 
 def _is_plain(value: Any) -> bool:

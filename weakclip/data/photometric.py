@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,13 @@ class Normalisation(NamedTuple):
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    @classmethod
+    def of_unit(cls, mean: Sequence[float], std: Sequence[float]) -> Normalisation:
+        """Return mean and std that are stated for 0..1; the one of NORMALISATIONS that they equal but for their rounding."""
+        found = cls(*((255 * r, 255 * g, 255 * b) for r, g, b in (mean, std)))
+        same = (n for n in NORMALISATIONS.values() if np.allclose(n, found, rtol=0, atol=0.1))
+        return next(same, found)
 
     def apply(self, x_B3HW: Tensor) -> Tensor:
         """Return normalised images from float images in 0..255."""

@@ -39,7 +39,8 @@ from weakclip.demo.mimetic_init import SelfAttention, begin_near
 from weakclip.demo.resumable import State
 from weakclip.evaluation.metrics import Scores, confusion
 from weakclip.labels import DEMO
-from weakclip.models.pretrained import load_clip, open_clip, pack_tokens
+from weakclip.models.architectures import open_clip
+from weakclip.models.pretrained import load_clip, pack_tokens
 
 # Shapes: B images, R regions (an image, or one part of a mosaic), L patches, U phrases, N tokens of a text, E
 # embedding, D width, K classes, h x w the patch grid.

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weakclip.config import ClipConfig, ConfigError
+from weakclip.data.photometric import NORMALISATIONS, Normalisation
+from weakclip.models.architectures import open_clip
 from weakclip.models.positions import resize_positions
-from weakclip.models.pretrained import load_clip, open_clip
+from weakclip.models.pretrained import load_clip
 from weakclip.runtime.compilation import region
 
 
@@ -120,7 +122,26 @@ class FrozenClip(nn.Module):
         text_cfg = {**clip.architecture["text_cfg"], "context_length": len(self.text.positional_embedding)}
         self.architecture = {**clip.architecture, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
         """open_clip's model_cfg of these towers, with the sizes that their position embeddings have here."""
+        self.trained_with: Normalisation | None = clip.normalisation
+        """Mean and std of its training's images; None where the source of the weights does not state them."""
         self.requires_grad_(False).eval()
+
+    def normalisation(self, key: str, choice: str) -> Normalisation:
+        """Return the mean and std that `choice` (imagenet, clip, source), the recipe's value of `key`, means for this CLIP.
+
+        Raises ConfigError when that is not what the CLIP was trained with, as far as its source states it. ImageNet's for a CLIP
+        trained with CLIP's own are no error, because the published recipe does that with OpenAI's weights.
+        """
+        stated = self.trained_with
+        if (chosen := NORMALISATIONS.get(choice, stated)) is None:
+            raise ConfigError(f"{key}: clip.pretrained does not state its mean and std; set {key} to imagenet or clip")
+        as_published = (chosen, stated) == (NORMALISATIONS["imagenet"], NORMALISATIONS["clip"])
+        if stated is None or stated == chosen or as_published:
+            return chosen
+        mean, std = (", ".join(f"{value / 255:.4g}" for value in values) for values in stated)
+        raise ConfigError(
+            f"{key} is {choice}, but clip.pretrained was trained with mean {mean} and std {std}; set {key} to source"
+        )
 
 
 def tokenize(names: Sequence[str], length: int | None = None) -> Tensor:

@@ -1,47 +1,36 @@
-"""CLIP weights: OpenAI's archive, an open_clip checkpoint or a directory -> an open_clip model, never silently a random one."""
+"""`clip.model` and `clip.pretrained` -> an open_clip model with their weights, never silently a random one."""
 
 from __future__ import annotations
 
-import json
-import math
-import sys
+import logging
+import os
 from collections.abc import Mapping
-from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from weakclip.checkpoints import state_dict, weight_files
-from weakclip.checkpoints.clip_files import SETTINGS, place, weights_file
-from weakclip.config import ClipConfig, ConfigError
-from weakclip.runtime.torchvision_ops import declare_missing
+from weakclip.checkpoints import state_dict
+from weakclip.config import ClipConfig
+from weakclip.models import architectures, sources
 
-declare_missing()
-# If transformers is installed, open_clip imports it for text towers that no CLIP here has, which takes half of a job's start-up
-# time. A module that is None in sys.modules counts as not installed.
-hidden = sys.modules.setdefault("transformers", None) is None  # type: ignore[arg-type]
-
-import open_clip
-from open_clip.pretrained import get_pretrained_url
-
-if hidden:
-    del sys.modules["transformers"]
-
-# Metadata of a converted file (weakclip.convert): open_clip's model_cfg as JSON, and "doubled" if the class embedding is doubled.
-ARCHITECTURE, CLASS_EMBEDDING = "model_cfg", "class_embedding"
+_log = logging.getLogger(__name__)
 
 
 def load_clip(config: ClipConfig) -> Any:
-    """Return the open_clip.CLIP that `config.model` and `config.pretrained` name; its `architecture` is open_clip's model_cfg.
+    """Return the open_clip.CLIP that `config.model` and `config.pretrained` name.
 
-    With `double_class_embedding` its class embedding is twice CLIP's, so that a plain ViT gives the published features. (The
-    released code adds the embedding once more. Doubling it is exact and can be undone; the alternative, adding it to the class
-    token's position embedding, rounds.)
-    Raises ConfigError when a file is missing or unreadable, does not fit the architecture, or is not a plain ViT CLIP.
+    Its `architecture` is open_clip's model_cfg; its `normalisation` is the one that it was trained with, None where its source
+    does not state it. With `double_class_embedding` its class embedding is twice CLIP's, so that a plain ViT gives the published
+    features. (The released code adds the embedding once more. Doubling it is exact and can be undone; the alternative, adding it
+    to the class token's position embedding, rounds.)
+    Raises ConfigError when a source is missing or unreadable, does not fit the architecture, contradicts the recipe, or is not a
+    plain ViT CLIP.
     """
     if config.pretrained == "none":
-        model, doubled = _build(_architecture(config.model), "clip.model"), False
+        model, doubled = architectures.build(architectures.named(config.model), "clip.model"), False
+        model.normalisation = None
     else:
         model, doubled = _load(config)
     model.visual.class_embedding.data *= (2 if config.double_class_embedding else 1) / (2 if doubled else 1)
@@ -50,95 +39,34 @@ def load_clip(config: ClipConfig) -> Any:
 
 def _load(config: ClipConfig) -> tuple[Any, bool]:
     """Return the CLIP with its weights, and whether its class embedding is already doubled."""
-    path = place(config.pretrained)
-    if not path.exists():
-        source = get_pretrained_url(config.model or "ViT-B-16-quickgelu", "openai")
-        raise ConfigError(
-            f"clip.pretrained: {path} does not exist; OpenAI's archive of this model is at {source or 'an open_clip release'}"
-        )
-    weights, architecture = _in_directory(path) if path.is_dir() else (path, None)
-    try:
-        tensors, meta = archive = weight_files.read(weights)
-        architecture = weight_files.json_of(archive, ARCHITECTURE, weights) or architecture
-    except weight_files.ArchiveError as error:
-        raise ConfigError(f"clip.pretrained: {error}") from error
-    if "backbone.class_embedding" in tensors:
-        raise ConfigError(f"clip.pretrained: {path} is a released WeakCLIP; first run: weakclip convert {path} OUT.safetensors")
-    if architecture is not None and config.model is not None:
-        raise ConfigError(f"clip.model must be null when clip.pretrained is {path}, which states its own architecture")
-    state = {name.removeprefix("clip."): tensor for name, tensor in tensors.items() if name.startswith("clip.")} or tensors
-    architecture = _as_large_as(state, architecture or _architecture(config.model))
-    source = "clip.model" if config.model else f"clip.pretrained: {path / SETTINGS if path.is_dir() else path}"
-    model = _build(architecture, source)
+    path, kind, state, stated, doubled = sources.read(config)
+    where = f"clip.pretrained: {path}"
+    architecture = architectures.as_large_as(state, stated.architecture or architectures.named(config.model))
+    sources.check_activation(stated, architecture, where, config.model)
+    model = architectures.build(architecture, "clip.model" if config.model else f"clip.pretrained: {stated.settings}")
     state = unpack_tokens(state, model.token_embedding.num_embeddings)
     state = {"logit_scale": model.logit_scale, **state}  # not used here, and missing in released WeakCLIPs
-    for name in ("input_resolution", "context_length", "vocab_size"):  # numbers in OpenAI's archives
-        state.pop(name, None)
-    state_dict.load_into(model, state, f"clip.pretrained: {path}", "set clip.model to the architecture of these weights")
-    return model, meta.get(CLASS_EMBEDDING) == "doubled"
+    state_dict.load_into(model, state, f"{where} ({kind})", "set clip.model to the architecture of these weights")
+    if config.model and stated.quick_gelu is None and architecture.get("quick_gelu"):
+        _warn_of_activation(path, config.model)
+    model.normalisation = stated.normalisation
+    return model, doubled
 
 
-def _in_directory(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the weights in a directory of open_clip's layout, and their architecture."""
-    settings = folder / SETTINGS
-    if not settings.is_file():
-        raise ConfigError(f"clip.pretrained: {folder} holds no {SETTINGS}")
-    try:
-        architecture = json.loads(settings.read_text())["model_cfg"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"clip.pretrained: {settings} has no model_cfg ({error!r})") from error
-    if (weights := weights_file(folder)) is None:
-        raise ConfigError(f"clip.pretrained: {folder} holds no weights (*.safetensors, *.pt or *.bin)")
-    return weights, architecture
-
-
-def _as_large_as(state: Mapping[str, Tensor], architecture: dict[str, Any]) -> dict[str, Any]:
-    """Return the architecture with the image size and text length of the position embeddings in `state`, if it has them."""
-    changes: dict[str, dict[str, int]] = {}
-    if (positions_LD := state.get("visual.positional_embedding")) is not None and positions_LD.ndim == 2:
-        patch = state["visual.conv1.weight"].shape[-1] if "visual.conv1.weight" in state else 16
-        changes["vision_cfg"] = {"image_size": patch * math.isqrt(max(len(positions_LD) - 1, 1))}
-    if (positions_LD := state.get("positional_embedding")) is not None and positions_LD.ndim == 2:
-        changes["text_cfg"] = {"context_length": len(positions_LD)}
-    return {key: value | changes.get(key, {}) if isinstance(value, dict) else value for key, value in architecture.items()}
-
-
-def _architecture(name: str | None) -> dict[str, Any]:
-    architecture = open_clip.get_model_config(name) if name else None
-    if architecture is None:
-        raise ConfigError(f"clip.model: open_clip has no model {name!r}; open_clip.list_models() lists the names")
-    return architecture
-
-
-# Settings in which an architecture may differ from a plain CLIP. Another pooling, mask, vocabulary or tokenizer would give other
-# features.
-_VARIES = {"layers", "width", "head_width", "heads", "mlp_ratio", "patch_size", "image_size", "context_length"}
-_VARIES |= {"ls_init_value", "patch_dropout", "act_kwargs", "norm_kwargs"}
-
-
-def _build(architecture: dict[str, Any], source: str) -> Any:
-    try:
-        vision, text = open_clip.CLIPVisionCfg(**architecture["vision_cfg"]), open_clip.CLIPTextCfg(**architecture["text_cfg"])
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{source}: not an architecture of open_clip ({error!r})") from error
-    odd = [
-        item.name
-        for part in (vision, text)
-        for item in fields(part)
-        if item.name not in _VARIES and getattr(part, item.name) != getattr(type(part)(), item.name)
-    ]
-    if odd or "multimodal_cfg" in architecture or not isinstance(vision.layers, int):
-        what = f" ({', '.join(odd)})" if odd else ""
-        raise ConfigError(f"{source}: only CLIPs with a plain ViT and CLIP's own text tower are supported{what}")
-    if vision.patch_size not in (14, 16):
-        raise ConfigError(f"{source}: patch {vision.patch_size} is not supported; use a ViT with patch 14 or 16")
-    architecture = {key: value for key, value in architecture.items() if key != "custom_text"}
-    try:
-        model = open_clip.CLIP(**architecture)
-    except TypeError as error:
-        raise ConfigError(f"{source}: not an architecture of open_clip ({error})") from error
-    model.architecture = architecture
-    return model
+@cache
+def _warn_of_activation(path: Path, model: str) -> None:
+    """Warn, once in a job, of weights that the default QuickGELU may not fit; a model with GELU was chosen on purpose."""
+    other = f": clip.model={name}" if (name := architectures.sibling(model, False)) else ""
+    if sources.is_stated_beside(path):
+        other += f"; clip.pretrained={path.parent} clip.model=null takes the one that this directory states"
+    _log.log(
+        logging.INFO if int(os.environ.get("RANK", 0)) else logging.WARNING,
+        "clip.pretrained: %s does not state its activation; clip.model=%s computes QuickGELU, as OpenAI's, MetaCLIP's and DFN's "
+        "weights need, but most others need GELU%s",
+        path,
+        model,
+        other,
+    )
 
 
 def pack_tokens(state: Mapping[str, Tensor], row_ids: Tensor) -> dict[str, Tensor]:

@@ -21,10 +21,11 @@ from weakclip import labels, recipe
 from weakclip.checkpoints import state_dict, weight_files, weights
 from weakclip.config import ConfigError, DecoderConfig, MatchingConfig
 from weakclip.models.adapter import PyramidAdapter
+from weakclip.models.architectures import open_clip
 from weakclip.models.decoder import TextGuidedDecoder
 from weakclip.models.load import CLASSES, EXTRA_NAMES, load_weakclip
 from weakclip.models.matching import CoAttentionMatching
-from weakclip.models.pretrained import ARCHITECTURE, CLASS_EMBEDDING, open_clip
+from weakclip.models.sources import ARCHITECTURE, CLASS_EMBEDDING, OPENAIS_METADATA, OPENAIS_NUMBERS, preprocessing
 from weakclip.models.weakclip import WeakCLIP
 from weakclip.runtime.atomic import write_whole
 from weakclip.runtime.run_dir import RunDir
@@ -233,9 +234,10 @@ def read(path: Path, classes: str | None = None) -> Checkpoint:
     if "clip.visual.class_embedding" in tensors and "prompts_ND" in tensors:
         return Checkpoint(tensors, meta)
     if "visual.class_embedding" in tensors:
-        numbers = [name for name, tensor in tensors.items() if tensor.ndim == 0 and name != "logit_scale"]
+        numbers = [name for name in OPENAIS_NUMBERS if name in tensors]
         clip = {name: tensor for name, tensor in tensors.items() if name not in numbers}
-        return Checkpoint(clip, {"format": "pt"}, (f"not used: {', '.join(numbers)}: the shapes determine these numbers",))
+        about = {"format": "pt", **(OPENAIS_METADATA if len(numbers) == len(OPENAIS_NUMBERS) else {})}
+        return Checkpoint(clip, about, (f"not used: {', '.join(numbers)}: the shapes determine these numbers",))
     if "prompts_ND" in tensors:
         raise ConfigError(f"{path}: a run's trainable part without its CLIP; give the run directory instead")
     ours = read_released(tensors, str(path))
@@ -262,7 +264,7 @@ def _read_run(folder: Path) -> Checkpoint:
     model = load_weakclip(config, RunDir(folder).find_weights("best")).cpu()
     names = labels.class_names(config.classes)
     meta = metadata(model.clip.architecture, config.clip.double_class_embedding, names, config.matching.extra_names)
-    return Checkpoint(of_model(model), meta)
+    return Checkpoint(of_model(model), {**meta, **preprocessing(model.clip.trained_with)})
 
 
 def metadata(cfg: dict[str, Any], doubled: bool, names: Sequence[str], extra_names: Sequence[str]) -> dict[str, str]:

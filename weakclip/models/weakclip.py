@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from weakclip.config import Config, ConfigError
-from weakclip.data.photometric import NORMALISATIONS
 from weakclip.masks.sliding_window import Predictor
 from weakclip.models.adapter import PyramidAdapter
 from weakclip.models.clip import FrozenClip, tokenize
@@ -46,7 +45,7 @@ class WeakCLIP(Trained):
         names = [*class_names, *config.matching.extra_names]
         self.names_KL = tokenize(names, config.clip.name_tokens)
         self.precision, self.loss, self.boundary = config.precision, config.loss, config.boundary
-        self.normalisation = NORMALISATIONS[config.clip.normalisation]
+        self.normalisation = clip.normalisation("clip.normalisation", config.clip.normalisation)
         self.num_classes = len(class_names)
         self.prompts_ND = nn.Parameter(nn.init.trunc_normal_(torch.empty(len(words_N), clip.text.width)))
         if fixed:

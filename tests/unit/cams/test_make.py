@@ -197,3 +197,21 @@ def test_cams_of_other_weights_are_left_alone_wherever_these_lie(config, save_ti
     with pytest.raises(ConfigError, match="cams.partial was made with another cam"):
         make.written(config(f"clip.pretrained={same}"), None)
     assert make.written(config(f"clip.pretrained={tmp_path}/nowhere"), None) == 1  # not available yet, or no longer
+
+
+def test_cams_of_a_clip_that_open_clip_downloads_are_those_of_its_name(config):
+    def weights(*changes: str) -> str:
+        return make.provenance(config("clip.model=ViT-B-16", *changes), None)["weights"]
+
+    assert weights("clip.pretrained=laion2b_s34b_b88k") == "laion2b_s34b_b88k"
+    assert weights("clip.pretrained=hf-hub:org/name", "clip.model=null") == "hf-hub:org/name"
+
+
+def test_a_clip_that_was_trained_with_another_normalisation_makes_no_cams(config, save_tiny_clip, tmp_path):
+    settings = save_tiny_clip(tmp_path / "other") / "open_clip_config.json"
+    half = {"preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | half))
+    with pytest.raises(ConfigError, match="cam.normalisation is clip, but clip.pretrained was trained with mean 0.5, 0.5, 0.5"):
+        PromptedClip(config(f"clip.pretrained={settings.parent}"), NAMES)
+    right = config(f"clip.pretrained={settings.parent}", "cam.normalisation=source")
+    assert PromptedClip(right, NAMES).normalisation.std == (127.5,) * 3

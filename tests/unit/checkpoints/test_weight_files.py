@@ -107,6 +107,27 @@ def test_only_a_prefix_of_all_names_is_removed(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "stored, names",
+    [
+        (["module._orig_mod.a", "module._orig_mod.b.c"], ["a", "b.c"]),
+        (["_orig_mod.module.module.a", "_orig_mod.module.module.b"], ["a", "b"]),
+        (["tower._orig_mod.a", "head._orig_mod._orig_mod.b"], ["tower.a", "head.b"]),
+        (["not_orig_mod.a", "_orig_modern.b"], ["not_orig_mod.a", "_orig_modern.b"]),
+    ],
+)
+def test_what_torch_compile_and_data_parallel_add_to_names_is_removed(tmp_path, stored, names):
+    save_file({name: torch.full((1,), number) for number, name in enumerate(stored)}, tmp_path / "a.safetensors")
+    assert {name: int(tensor) for name, tensor in read(tmp_path / "a.safetensors").tensors.items()} == {
+        name: number for number, name in enumerate(names)
+    }
+
+
+def test_a_name_with_and_without_a_prefix_is_refused(tmp_path):
+    save_file({"a": torch.zeros(1), "_orig_mod.a": torch.ones(1)}, tmp_path / "a.safetensors")
+    assert "holds 'a' twice, with and without the prefix of torch.compile" in refused(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
     "content, reason",
     [
         ([1, 2], "holds a list instead of a state dict"),

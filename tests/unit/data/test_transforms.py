@@ -18,7 +18,7 @@ from weakclip.data.codecs import decode_jpeg
 from weakclip.data.photometric import IMAGENET, NORMALISATIONS, distort
 from weakclip.data.plan import generator
 from weakclip.data.transforms import draw_crop, draw_photometric, resize_image, resize_window, scaled_size
-from weakclip.models.pretrained import open_clip
+from weakclip.models.architectures import open_clip
 
 
 def coordinates(H: int, W: int) -> tuple[np.ndarray, np.ndarray]:

@@ -136,6 +136,17 @@ def test_open_clip_itself_gives_the_released_features_of_a_converted_clip(golden
     torch.testing.assert_close(features_BE, found.stored()["eval_sq.global_embedding"], rtol=0, atol=1e-4)
 
 
+def test_a_run_in_one_file_keeps_the_normalisation_of_its_clip(tiny_config, save_tiny_clip, tmp_path):
+    settings = save_tiny_clip(tmp_path / "clip") / "open_clip_config.json"
+    half = {"preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | half))
+    config = tiny_config(f"clip.pretrained={settings.parent}", "clip.normalisation=source")
+    weights.save(WeakCLIP(config, labels.class_names(config.classes)), Path(config.run) / "weights/best.safetensors", step=7)
+    save(config, Path(config.run) / "config.yaml")
+    run(config.run, tmp_path / "whole.safetensors")
+    assert load_weakclip(config, tmp_path / "whole.safetensors").normalisation.mean == (127.5,) * 3
+
+
 def test_openais_archive_becomes_safetensors_with_the_same_features(make_tiny_clip, openai_archive, tiny_clip, tmp_path, capsys):
     openai_archive(make_tiny_clip(), tmp_path / "openai.pt")
     run(tmp_path / "openai.pt", tmp_path / "clip.safetensors")
