@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from weakclip.config import AugmentConfig, Config, DataConfig
-from weakclip.data import plan, transforms
+from weakclip.data import plan, shared_memory, transforms
 from weakclip.data.index import Entry, Index, ShardError
 from weakclip.data.reading import load, read_and_decode
 from weakclip.data.sample import DecodedSample, OpenSample, open_sample
 from weakclip.data.storage import StorageError
 from weakclip.runtime.signals import held_back, obey_only_the_parent
+
+PREFETCHED = 2
+"""Batches that each loader process makes ahead of their use."""
 
 
 class Batch(NamedTuple):
@@ -82,6 +86,12 @@ class StreamSettings:
     seed: int
     batch: int
     """Images per rank and micro-step."""
+
+    def require_shared_memory(self) -> None:
+        """Raise UserError where shared memory cannot hold what the loader processes of a node's ranks make ahead."""
+        batch = self.batch * self.augment.crop**2 * 4  # images and seeds
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        shared_memory.require(ranks * self.data.workers * PREFETCHED * batch)
 
     @classmethod
     def of(cls, config: Config) -> StreamSettings:
@@ -171,7 +181,7 @@ def training_batches(
 ) -> Generator[Batch]:
     """Yield micro-batches of one rank without end, starting after `consumed` samples of the whole run.
 
-    target: as in TrainingSamples. mixed: the sets of `data.mix`, in its order.
+    target: as in TrainingSamples. mixed: the sets of `data.mix`, in its order. Raises UserError when shared memory is used up.
     """
     samples = TrainingSamples((index, *mixed), settings, consumed, rank, ranks, target)
     pipeline = wds.DataPipeline(samples, wds.batched(settings.batch, collation_fn=collate, partial=False))
@@ -180,6 +190,7 @@ def training_batches(
         pipeline,
         batch_size=None,
         num_workers=workers,
+        prefetch_factor=PREFETCHED if workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=obey_only_the_parent,
     )
@@ -223,9 +234,13 @@ def _identity(sample: Any) -> Any:
 
 def _unwrapped(loader: DataLoader[Any]) -> Generator[Any]:
     """Yield the loader's items. A loader process wraps the line of an error in its traceback; this raises the line alone."""
-    with held_back():
-        iterator = iter(loader)  # this forks the processes
     try:
+        with held_back():
+            iterator = iter(loader)  # this forks the processes
         yield from iterator
+    except (RuntimeError, OSError) as error:
+        if exhausted := shared_memory.exhausted(error):
+            raise exhausted from None
+        raise
     except (ShardError, StorageError) as error:
         raise type(error)(str(error).strip().splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]) from None

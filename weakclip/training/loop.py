@@ -43,13 +43,16 @@ def train(job: Job, data: TrainingData, world: World, resume: bool = False) -> N
 
 
 def _train(task: Task, data: TrainingData, world: World, resume: bool) -> None:
-    deepspeed_settings(task.job.train, task.job.optim)  # a mistake in its file is found before the run directory is made
+    job = task.job
+    stream = StreamSettings(job.data, job.augment, job.recipe.seed, job.train.batch)
+    deepspeed_settings(job.train, job.optim)  # a mistake in its file is found before the run directory is made
+    stream.require_shared_memory()
     _claim(task, world, resume, data.sets)
-    with log.to_file(task.job.run.log(world.rank), world.rank):
-        _run(task, data, world, resume)
+    with log.to_file(job.run.log(world.rank), world.rank):
+        _run(task, data, stream, world, resume)
 
 
-def _run(task: Task, data: TrainingData, world: World, resume: bool) -> None:
+def _run(task: Task, data: TrainingData, settings: StreamSettings, world: World, resume: bool) -> None:
     job, (index, *mixed) = task.job, data.sets
     torch.manual_seed(job.recipe.seed)
     newest = job.run.checkpoints()[-1:] if resume else []
@@ -57,7 +60,6 @@ def _run(task: Task, data: TrainingData, world: World, resume: bool) -> None:
     if world.rank == 0:
         _announce(job, engine, sum(len(each.entries) for each in data.sets), data.validation)
     interruption = Interruption()
-    settings = StreamSettings(job.data, job.augment, job.recipe.seed, job.train.batch)
     stream = training_batches(index, settings, task.target, engine.consumed, world.rank, world.ranks, mixed)
     batches = on_device(stream, world.device)
     # Closing ends the loader's processes at once, not at garbage collection, and writes the last points of the curves.
