@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from weakclip import recipe
+from weakclip.config import UPRIGHT
 from weakclip.data.orientation import orientation_of, turn
 from weakclip.data.sample import IMAGES, DecodedSample, to_rgb
 from weakclip.labels import index_of
@@ -108,4 +109,4 @@ def load(run: str | Path, weights: str = "best", exif: str | None = None) -> Seg
     model = task_of(job).load(place.find_weights(weights))
     model.cast_frozen()
     settings = MaskSettings(job.inference, job.data.scale, config.seeds, workers=0)
-    return Segmenter(model.predictor(), settings, job.names, (exif or config.data.build.exif) == "upright")
+    return Segmenter(model.predictor(), settings, job.names, (exif or config.data.build.exif) == UPRIGHT)

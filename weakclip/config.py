@@ -89,7 +89,7 @@ class BuildConfig:
             _require(not unused, f"data.build.{item.name} has no effect with data.build.source={self.source}; leave it out")
 
 
-EXIF = ("stored", "upright")
+STORED, UPRIGHT = EXIF = ("stored", "upright")
 
 CAM_KEYS = ("foreground0", "class", "coco")
 """What the keys in a CAM file mean: foreground classes from 0, class indices (0: background), or COCO category ids."""

@@ -104,9 +104,13 @@ def index_of(name: str, names: Sequence[str], where: str, error: type[UserError]
     """Return the index of a class other than background. Raises `error` naming `where` and the nearest class."""
     index = find_class(name, names)
     if not index:
-        near = difflib.get_close_matches(name, names[1:], n=1, cutoff=0.0)[0]
-        raise error(f"{where}: {name!r:.40} is not one of the {len(names) - 1} classes; the closest is {near!r}")
+        raise error(f"{where}: {name!r:.40} is not one of the {len(names) - 1} classes; the closest is {nearest(name, names)!r}")
     return index
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Return the class other than background whose name is the most similar."""
+    return difflib.get_close_matches(name, names[1:], n=1, cutoff=0.0)[0]
 
 
 def class_map(names: Sequence[str], target: Sequence[str]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from weakclip import labels
 from weakclip.config import ClipConfig
 
-SETTINGS = "open_clip_config.json"
+OPEN_CLIP = "open_clip_config.json"
 """The file with the architecture in a directory of open_clip's layout."""
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo_clip"
@@ -52,7 +52,7 @@ def patch(config: ClipConfig) -> int | None:
         found = re.match(r"ViT-[A-Za-z]+-(\d+)", config.model)
         return int(found[1]) if found else None
     try:
-        return int(json.loads((place(config.pretrained) / SETTINGS).read_text())["model_cfg"]["vision_cfg"]["patch_size"])
+        return int(json.loads((place(config.pretrained) / OPEN_CLIP).read_text())["model_cfg"]["vision_cfg"]["patch_size"])
     except (OSError, ValueError, KeyError, TypeError):  # loading the CLIP names the mistake
         return None
 

@@ -58,11 +58,12 @@ def decode_mask_png(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
 
 
 def png_palette(data: bytes) -> bytes | None:
-    """Return the palette of a PNG, three bytes a colour; None where it has none, or is damaged."""
-    try:
-        return next((body for kind, body in _png_chunks(data) if kind == b"PLTE"), None)
-    except (ValueError, struct.error):
-        return None
+    """Return the palette of an intact PNG, three bytes a colour; None where it has none. It lies before the pixels."""
+    at, kind = len(_PNG), b""
+    while kind not in (b"PLTE", b"IDAT", b"IEND"):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        at += 12 + length
+    return data[at - 4 - length : at - 4] if kind == b"PLTE" else None
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -79,10 +80,13 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         at += 12 + length
 
 
-def encode_mask_png(mask_HW: np.ndarray) -> bytes:
-    """Return a mask of class indices, uint8 H x W, as an 8-bit palette PNG in PASCAL VOC's colours."""
+def encode_mask_png(mask_HW: np.ndarray, colours: bytes | None = None) -> bytes:
+    """Return a mask of class indices, uint8 H x W, as an 8-bit palette PNG.
+
+    colours: the palette, three bytes a colour; None: PASCAL VOC's.
+    """
     image = Image.fromarray(mask_HW)
-    image.putpalette(palette())
+    image.putpalette(palette() if colours is None else colours)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

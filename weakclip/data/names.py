@@ -34,6 +34,15 @@ def composed(name: str) -> str:
 
 
 def names_a_file(name: str) -> bool:
-    """Return whether a name of untrusted origin stays below the folder that it is written to."""
+    """Return whether a name of untrusted origin can be a file's, and stays below the folder that it is written to."""
     *folders, last = name.split("/")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
     return bool(last) and "\0" not in name and not {"", ".", ".."} & {*folders}
+
+
+def printable(name: str) -> str:
+    """Return a name for messages and drawings, with control characters and bytes outside of Unicode as escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)

@@ -5,6 +5,9 @@ Orientation 1 is upright; 5 to 8 exchange height and width. (Exif 2.32, tag Orie
 
 from __future__ import annotations
 
+import io
+import struct
+
 import numpy as np
 from PIL import ExifTags, Image
 
@@ -22,9 +25,29 @@ _TURNS = {
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, of an opened image; 1 where it has none, or one that does not exist."""
-    found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return found if found in _TURNS else 1
+    """Return the EXIF orientation, 1 to 8, of an opened image; 1 where it has none, or one that is damaged or does not exist."""
+    try:
+        found = _exif_of(image).get(ExifTags.Base.Orientation, 1)
+        return int(found) if found in _TURNS else 1
+    except Exception:  # a reader of damaged bytes may raise anything
+        return 1
+
+
+def _exif_of(image: Image.Image) -> Image.Exif:
+    """Return the EXIF data. Pillow decodes a PNG to look for it behind the pixels, which takes a second for a photo."""
+    stream = getattr(image, "fp", None)
+    if image.format != "PNG" or "exif" in image.info or stream is None:
+        return image.getexif()
+    found, before = Image.Exif(), stream.tell()
+    stream.seek(8)
+    while len(head := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"eXIf":
+            found.load(stream.read(length))
+            break
+        stream.seek(length + 4, io.SEEK_CUR)
+    stream.seek(before)
+    return found
 
 
 def turned_size(size_HW: tuple[int, int], orientation: int) -> tuple[int, int]:

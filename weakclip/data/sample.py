@@ -70,10 +70,15 @@ class Cam:
     def fits(self, height: int, width: int) -> bool:
         """Return whether the maps can belong to an H x W image: its aspect ratio, to one cell, and at least 1/4 of its sides."""
         h, w = self.maps_nhw.shape[1:]
-        lows = (h - 1) / height, (w - 1) / width
-        highs = (h + 1) / height, (w + 1) / width
-        proportional = max(lows) <= min(highs) and min(lows) <= self.scale <= max(highs)
-        return proportional and 4 * h >= height and 4 * w >= width
+        lowest, highest = min((h - 1) / height, (w - 1) / width), max((h + 1) / height, (w + 1) / width)
+        large_enough = 4 * h >= height and 4 * w >= width
+        return large_enough and lowest <= self.scale <= highest and proportional((h, w), (height, width))
+
+
+def proportional(map_hw: tuple[int, ...], image_HW: tuple[int, int]) -> bool:
+    """Return whether a map of this size has an image's aspect ratio, to one cell."""
+    (h, w), (H, W) = map_hw, image_HW
+    return max((h - 1) / H, (w - 1) / W) <= min((h + 1) / H, (w + 1) / W)
 
 
 @dataclass
@@ -142,6 +147,7 @@ class DecodedSample:
 
     name: path of the image below its folder, without the suffix. image: uint8 H x W x 3, RGB. classes: indices 1..K-1 of the
     classes present, ascending. cam: its maps or None. seed, mask: uint8 H x W with values 0..K-1 and 255 (ignored), or None.
+    orientation: EXIF orientation by which the stored pixels were turned.
     """
 
     name: str
@@ -150,6 +156,7 @@ class DecodedSample:
     cam: Cam | None
     seed: np.ndarray | None
     mask: np.ndarray | None
+    orientation: int = 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -253,8 +260,8 @@ def check_parts(parts: dict[str, bytes], key: str, num_classes: int) -> DecodedS
 def _decode(parts: dict[str, bytes], key: str, num_classes: int) -> DecodedSample:
     about = _decode_about(parts, key, num_classes)
     image_HW3, cam = _decode_picture(parts, about), _decode_cam(parts, about)
-    masks = [decode_mask(parts.get(name), name, about.size, num_classes) for name in ("seed.png", "mask.png")]
-    return DecodedSample(about.name, image_HW3, about.classes, cam, *masks)
+    seed_HW, mask_HW = (decode_mask(parts.get(name), name, about.size, num_classes) for name in ("seed.png", "mask.png"))
+    return DecodedSample(about.name, image_HW3, about.classes, cam, seed_HW, mask_HW, about.orientation)
 
 
 def _decode_about(parts: dict[str, bytes], key: str, num_classes: int) -> About:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weakclip.config import CAM_KEYS, EXIF, BuildConfig, Config, ConfigError
+from weakclip.config import CAM_KEYS, EXIF, STORED, UPRIGHT, BuildConfig, Config, ConfigError
 from weakclip.data.index import ShardError, select_numbers
 from weakclip.datasets import writing
 from weakclip.datasets.coco import own_classes
@@ -23,7 +23,7 @@ from weakclip.datasets.items import Item, labelled, version, with_cams
 from weakclip.datasets.loading import load_item
 from weakclip.datasets.upright import turned_upright
 from weakclip.datasets.writing import Build
-from weakclip.labels import COCO, class_map, class_names
+from weakclip.labels import COCO, VOC, class_map, class_names
 from weakclip.registry import DATA_SETS, load
 from weakclip.runtime.atomic import write_whole
 from weakclip.runtime.command_line import Parser, run
@@ -56,11 +56,14 @@ def plan(build: BuildConfig, out: Path, classes: str) -> Build[Item]:
         _log.info("left out %d of %d images: they have no label of the %d classes", unlabelled, len(found), len(target) - 1)
     if build.cams:
         items = with_cams(items, Path(build.cams))
-    if build.exif == "upright":
-        items = turned_upright(items, build.cam_keys)
-    read = partial(load_item, class_map=to_target, cam_keys=build.cam_keys)
+    read = partial(load_item, class_map=to_target, cam_keys=build.cam_keys, in_colours=tuple(own) == VOC)
     about = provenance(build, classes)
     return Build(items, read, out.resolve(), target, build.samples_per_shard, about, version, build.strict)
+
+
+def ready(planned: Build[Item], build: BuildConfig) -> Build[Item]:
+    """Return a planned set with its images turned upright if `build` says so, for which each of them is opened."""
+    return replace(planned, items=turned_upright(planned.items)) if build.exif == UPRIGHT else planned
 
 
 def plan_of(config: Config) -> Build[Item]:
@@ -84,7 +87,7 @@ def run_part(config: Config, part: str | None) -> None:
     """Run the stage `shards`: write those of the shards "A:B" that are missing."""
     done, total = written(config)
     if done < total:
-        planned = plan_of(config)
+        planned = ready(plan_of(config), config.data.build)
         planned.run(config.data.build.processes, select_numbers(planned.shards, part, config.data.built))
 
 
@@ -96,7 +99,7 @@ def provenance(build: BuildConfig, classes: str) -> dict[str, Any]:
     names = ("source", *DATA_SETS[str(build.source)].options, "cams", "cam_keys", "samples_per_shard")
     values = {name: getattr(build, name) for name in names}
     found = {name: str(Path(value).resolve()) if name in PATHS and value else value for name, value in values.items()}
-    found |= {} if build.exif == "stored" else {"exif": build.exif}
+    found |= {} if build.exif == STORED else {"exif": build.exif}
     if not build.recursive:  # an option that earlier versions did not have
         found.pop("recursive", None)
     if "mask_dir" in found:
@@ -118,7 +121,7 @@ def parse_args(arguments: Sequence[str]) -> tuple[BuildConfig, Path, str]:
         sub.add_argument("--cams", help="directory of NAME.npy, NAME.npz (CAMs) or NAME.png (seeds)")
         sub.add_argument("--cam-keys", choices=CAM_KEYS if source == "coco" else CAM_KEYS[:2], default="foreground0",
                          help="keys in the CAM files: foreground classes from 0, class indices, or COCO's ids")  # fmt: skip
-        sub.add_argument("--exif", choices=EXIF, default="stored",
+        sub.add_argument("--exif", choices=EXIF, default=STORED,
                          help="use images with an EXIF orientation as stored, or turn them, their masks and CAMs")  # fmt: skip
         sub.add_argument("--strict", action="store_true", help="labels, CAMs and masks that disagree are an error")
         sub.add_argument("--out", type=Path, required=True, help="directory to create")
@@ -166,7 +169,7 @@ def main(arguments: Sequence[str]) -> None:
     build, out, classes = parse_args(arguments)
     if build.source == "coco" and classes == FROM_ANNOTATIONS:
         classes = str(write_classes(Path(str(build.annotations)), out))
-    index = plan(build, out, classes).run(build.processes)
+    index = ready(plan(build, out, classes), build).run(build.processes)
     assert index is not None  # this process wrote all that was missing
     size = sum(shard.bytes for shard in index.shards)
     print(f"{out}: {len(index.entries)} samples in {len(index.shards)} shards, {size / 1e6:.1f} MB")

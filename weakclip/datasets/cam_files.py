@@ -45,6 +45,12 @@ def read_cam(file: Path, size_HW: tuple[int, int], labels: Sequence[int], cam_ke
     return pack_cam(maps, size_HW, str(file))
 
 
+def map_shape(file: Path) -> tuple[int, int]:
+    """Return the size (h, w) of the first map in a file, (1, 1) where it has none. Raises ShardError as `read_cam`."""
+    shapes = (map_hw.shape for _, map_hw in _keyed_maps(read_dict(file), file) if isinstance(map_hw, np.ndarray))
+    return next((shape for shape in shapes if len(shape) == 2), (1, 1))
+
+
 def quarter(size: tuple[int, int]) -> tuple[int, int]:
     """Return the sides (h, w) of a CAM for an image of this size (H, W): the smallest that a shard may have."""
     return -(-size[0] // 4), -(-size[1] // 4)

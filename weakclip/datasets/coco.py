@@ -6,10 +6,10 @@ Shapes: H W image pixels.
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import operator
+import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from weakclip.config import BuildConfig
+from weakclip.config import STORED, BuildConfig
 from weakclip.data.codecs import encode_mask_png
 from weakclip.data.index import ShardError
 from weakclip.data.names import composed
 from weakclip.datasets.files import check_listed, find_images, name_of
 from weakclip.datasets.items import Item, Listing
-from weakclip.labels import COCO, find_class
+from weakclip.labels import COCO, find_class, nearest
 
 _log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ _log = logging.getLogger(__name__)
 def items(build: BuildConfig, target: Sequence[str]) -> Listing:
     """List the images that `build` describes; `target` is the class list of the new set."""
     found = coco_items(Path(str(build.images)), Path(str(build.annotations)), target, build.masks)
-    beyond = [item.name for item in found.items if isinstance(item.mask, Instances) and item.mask.reaches_beyond()]
-    if beyond and build.exif == "stored":
+    beyond = [item.name for item in found.items if isinstance(item.mask, Instances) and not item.mask.within(item.mask.size_HW)]
+    if beyond and build.exif == STORED:
         hint = "if they were drawn on photos that EXIF turns, build with --exif upright"
         _log.warning("%d images have polygons beyond their size, such as %s; %s", len(beyond), beyond[0], hint)
     return found
@@ -47,7 +47,7 @@ def coco_items(images: Path, annotations: Path, target: Sequence[str], with_mask
     files in `images` are not those it lists.
     """
     found = read_instances(annotations)
-    names = [composed(image["file_name"]) for image in found.images]
+    names = [_name_in(image) for image in found.images]
     present = find_images(images, recursive=any("/" in name for name in names))
     check_listed(present, names, images, annotations)
     own = COCO if all(find_class(name, COCO) for name in found.annotated) else tuple(target)
@@ -55,13 +55,18 @@ def coco_items(images: Path, annotations: Path, target: Sequence[str], with_mask
     index_of = {category: _index(name, own, annotations) for category, name in used.items()}
     listed = []
     for image in sorted(found.images, key=operator.itemgetter("id")):
-        path, size_HW = present[composed(image["file_name"])], (image["height"], image["width"])
+        path, size_HW = present[_name_in(image)], (image["height"], image["width"])
         segments = tuple((index_of[category], drawn) for category, drawn in found.segments[image["id"]])
         classes = tuple(sorted({index for index, _ in segments}))
         name = name_of(path, images)
         mask = Instances(name, size_HW, segments) if with_masks else None
         listed.append(Item(name, path, classes, mask=mask, size_HW=size_HW))
     return Listing(own, listed)
+
+
+def _name_in(image: dict[str, Any]) -> str:
+    """Return the composed path of a listed image below the folder of images."""
+    return composed(posixpath.normpath(image["file_name"]))
 
 
 def own_classes(annotations: Path) -> tuple[str, ...]:
@@ -74,10 +79,9 @@ def own_classes(annotations: Path) -> tuple[str, ...]:
 def _index(name: str, own: Sequence[str], file: Path) -> int:
     if index := find_class(name, own):
         return index
-    near = difflib.get_close_matches(name, own[1:], n=1, cutoff=0)
     raise ShardError(
-        f"{file}: category {name!r} is not in the class list (nearest: {near[0]!r}); give a list that has it, or take the file's "
-        "own categories with --classes from-annotations"
+        f"{file}: category {name!r} is not in the class list (nearest: {nearest(name, own)!r}); give a list that has it, or take "
+        "the file's own categories with --classes from-annotations"
     )
 
 
@@ -146,15 +150,15 @@ class Instances:
         """Return a PNG of class indices. Raises ShardError naming the image when a segmentation cannot be drawn."""
         return encode_mask_png(_rasterise(self.segments, *self.size_HW, self.name))
 
-    def reaches_beyond(self) -> bool:
-        """Return whether a polygon reaches more than two pixels beyond the right or lower edge."""
+    def within(self, size_HW: tuple[int, int]) -> bool:
+        """Return whether all polygons lie within an image of this size, to two pixels."""
         polygons = [corners for _, drawn in self.segments if isinstance(drawn, list) for corners in drawn]
         lists = [corners for corners in polygons if isinstance(corners, list) and corners]
-        H, W = self.size_HW
+        H, W = size_HW
         try:
-            return any(max(corners[::2]) > W + 2 or max(corners[1::2], default=0) > H + 2 for corners in lists)
+            return all(max(corners[::2]) <= W + 2 and max(corners[1::2], default=0) <= H + 2 for corners in lists)
         except TypeError:  # not numbers: reported when it is drawn
-            return False
+            return True
 
 
 def _rasterise(segments: Iterable[tuple[int, Any]], height: int, width: int, name: str) -> np.ndarray:

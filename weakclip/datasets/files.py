@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from weakclip.data.index import ShardError
 from weakclip.data.names import composed
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
-OTHER_IMAGES = (".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+OTHERS = (".tif", ".tiff", ".bmp", ".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl")
 
 _log = logging.getLogger(__name__)
 
@@ -21,33 +21,20 @@ def find_images(directory: Path, recursive: bool = False) -> dict[str, Path]:
     """Return the JPEG, PNG and WebP files in a directory, or below it, by their composed path below it, in order of these.
 
     They are recognised by their suffix. Images of other formats are named in one warning. Raises ShardError for two files whose
-    names are the same in normal form C, and where there are only images that cannot be read or that lie in subfolders.
+    names are the same in normal form C, and OSError where the directory cannot be read.
     """
-    images: dict[str, Path] = {}
-    others = []
-    for path in _walk(directory, recursive):
-        suffix = path.suffix.lower()
-        if suffix in IMAGES:
-            name = composed(path.relative_to(directory).as_posix())
-            if name in images:
-                raise ShardError(f"{path}: another file has the same name in another Unicode form; rename or drop one")
-            images[name] = path
-        elif suffix in OTHER_IMAGES:
-            others.append(path)
+    files = list(_walk(directory, "", recursive))
+    others = sorted(path for _, path in files if path.suffix.lower() in OTHERS)
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in Counter(path.suffix.lower() for path in others).items())
-        hint = f"convert them to PNG or JPEG, such as by: magick mogrify -format png *{min(others).suffix}"
-        _log.warning("%s: %d images are not read (%s, such as %s); %s", directory, len(others), kinds, min(others).name, hint)
-    if not recursive and (nested := _nested_image(directory)):
-        if not images:
-            raise ShardError(f"{directory}: holds no images, but its subfolders do, such as {nested}; add --recursive")
-        _log.warning("%s: images in subfolders, such as %s, are not read; --recursive adds them", directory, nested)
-    return dict(sorted(images.items()))
+        hint = f"convert them to PNG or JPEG, such as by: magick mogrify -format png *{others[0].suffix}"
+        _log.warning("%s: %d images are not read (%s, such as %s); %s", directory, len(others), kinds, others[0].name, hint)
+    return dict(sorted(_by_name((name, path) for name, path in files if path.suffix.lower() in SUFFIXES).items()))
 
 
 def find_files(directory: Path, recursive: bool = False) -> dict[str, Path]:
-    """Return all files in a directory, or below it, by their composed path below it."""
-    return {composed(path.relative_to(directory).as_posix()): path for path in _walk(directory, recursive)}
+    """Return all files in a directory, or below it, by their composed path below it. Raises as `find_images`."""
+    return _by_name(_walk(directory, "", recursive))
 
 
 def name_of(image: Path, directory: Path) -> str:
@@ -55,19 +42,40 @@ def name_of(image: Path, directory: Path) -> str:
     return image.relative_to(directory).as_posix()[: -len(image.suffix)]
 
 
-def _walk(directory: Path, recursive: bool) -> Iterator[Path]:
-    """Yield the files in a directory, or below it. Raises OSError where it cannot be read."""
+def nested_image(directory: Path) -> Path | None:
+    """Return an image in a subfolder of a directory, if there is one that can be read."""
+    for folder in (Path(entry.path) for entry in os.scandir(directory) if entry.is_dir()):
+        try:
+            if found := next((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), None):
+                return found
+        except OSError:
+            continue
+    return None
+
+
+def _by_name(files: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for name, path in files:
+        if (other := found.setdefault(composed(name), path)) is not path:
+            raise ShardError(f"{path}: {other.name} is the same name in another Unicode form; rename or drop one")
+    return found
+
+
+def _walk(
+    directory: Path, below: str, recursive: bool, above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[tuple[str, Path]]:
+    """Yield the files in a directory, or below it, with their path below it. A link to a folder above is not followed."""
     for entry in os.scandir(directory):
         if entry.is_file():
-            yield Path(entry.path)
-        elif recursive and entry.is_dir():
-            yield from _walk(Path(entry.path), recursive)
+            yield f"{below}{entry.name}", directory / entry.name
+        elif recursive and entry.is_dir() and (place := _place(entry)) not in above:
+            yield from _walk(directory / entry.name, f"{below}{entry.name}/", recursive, above | {place})
 
 
-def _nested_image(directory: Path) -> Path | None:
-    """Return an image in a subfolder of a directory, if there is one."""
-    folders = (Path(entry.path) for entry in os.scandir(directory) if entry.is_dir())
-    return next((path for folder in folders for path in _walk(folder, True) if path.suffix.lower() in IMAGES), None)
+def _place(entry: os.DirEntry[str]) -> tuple[int, int]:
+    """Return what tells a folder from all others, whichever links lead to it."""
+    found = entry.stat()
+    return found.st_dev, found.st_ino
 
 
 def check_listed(present: Mapping[str, Path], listed: Collection[str], directory: Path, listing: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from weakclip.config import BuildConfig
 from weakclip.data.index import ShardError
 from weakclip.data.names import composed
-from weakclip.datasets.files import check_listed, find_files, find_images, name_of
+from weakclip.datasets.files import check_listed, find_files, find_images, name_of, nested_image
 from weakclip.datasets.items import Item, Listing
 from weakclip.datasets.labels_csv import read_labels
+
+_log = logging.getLogger(__name__)
 
 
 def items(build: BuildConfig, target: Sequence[str]) -> Listing:
@@ -29,6 +32,12 @@ def folder_items(
     Raises ShardError or OSError naming the file and line at fault.
     """
     present = find_images(images, recursive)
+    if not recursive and (nested := nested_image(images)):
+        if not present:
+            raise ShardError(f"{images}: holds no images, but its subfolders do, such as {nested}; add --recursive")
+        _log.warning("%s: images in subfolders, such as %s, are not read; --recursive adds them", images, nested)
+    if not present:
+        raise ShardError(f"{images}: holds no JPEG, PNG or WebP image")
     drawn = find_files(masks, recursive) if masks else {}
     classes = read_labels(labels, names, present) if labels else {}
     if labels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
 from weakclip.data.index import ShardError
@@ -36,7 +36,7 @@ class Item:
     mask: Readable | None = None
     size_HW: tuple[int, int] | None = None
     orientation: int = 1
-    stored: frozenset[str] = frozenset()
+    stored: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -55,12 +55,17 @@ class Listing(NamedTuple):
 def labelled(items: Sequence[Item], class_map: Sequence[int]) -> list[Item]:
     """Return the items that keep a label after `class_map`, and those of unlabelled sets (classes: None).
 
-    Raises ShardError when two items have the same name, as an image and a copy of it in another format have.
+    Raises ShardError when two items have the same name, as an image and a copy of it in another format have, and when the mask
+    of one could not be written because a folder has its name.
     """
     first: dict[str, Item] = {}
     for item in items:
         if (other := first.setdefault(item.key, item)) is not item:
             raise ShardError(f"{item.image}: has the same name without its suffix as {other.image}; rename or drop one of them")
+    folders = {folder.as_posix(): item for item in items for folder in PurePosixPath(item.name).parents}
+    for file in ("about.json", *(f"{item.name}{suffix}" for item in items for suffix in (".png", ".npz"))):
+        if inside := folders.get(file):
+            raise ShardError(f"{inside.image}: its folder would have the name of another file, {file}; rename the folder")
     return [item for item in items if item.classes is None or any(class_map[index] for index in item.classes)]
 
 

@@ -33,7 +33,7 @@ class _Layout(NamedTuple):
 def read_labels(file: Path, names: Sequence[str], present: Collection[str]) -> dict[str, set[int]]:
     """Return the class indices of each image, by composed file name; the rows of an image add up.
 
-    names: the class list. present: files that exist. Spaces around other names are dropped.
+    names: the class list. present: files that exist. Spaces around a file's name are dropped unless a file is called so.
 
     The delimiter is a comma, a semicolon or a tab. Labels are class names in one column, separated by ; or | or a comma, or there
     is a column of 0 and 1 for each class. Raises ShardError naming the file and line at fault.
@@ -62,16 +62,33 @@ def _layout(text: str, file: Path, names: Sequence[str]) -> _Layout:
     for delimiter in _DELIMITERS:
         columns = [column.strip() for column in next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])]
         lowered = [column.lower() for column in columns]
-        files, labels = ([n for n, column in enumerate(lowered) if column in known] for known in (FILE, LABELS))
+        files, labels = (_called(lowered, known) for known in (FILE, LABELS))
+        classes = [column for n, column in enumerate(columns) if find_class(column, names) and n not in (*files, *labels)]
         if len(files) == 1 and len(labels) == 1:
+            if classes:
+                raise ShardError(f"{file}: line 1 has a column of labels and one for the class {classes[0]!r}; keep one kind")
             return _Layout(delimiter, files[0], labels[0], columns)
-        if len(files) == 1 and not labels and len(columns) > 1 and any(find_class(column, names) for column in columns):
-            for number, column in enumerate(columns):
-                if number != files[0]:
-                    index_of(column, names, f"{file}: line 1", ShardError)
+        if len(files) == 1 and not labels and classes:
+            _check_columns([column for n, column in enumerate(columns) if n != files[0]], names, f"{file}: line 1")
             return _Layout(delimiter, files[0], None, columns)
     header = text.partition("\n")[0].strip()
     raise ShardError(f"{file}: line 1 must be the header file,labels or have a column for each class, is {header!r:.80}")
+
+
+def _called(columns: Sequence[str], known: Sequence[str]) -> list[int]:
+    """Return the numbers of the columns that are called by the first of the names `known`, or else by another of them."""
+    return [n for n, column in enumerate(columns) if column == known[0]] or [
+        n for n, column in enumerate(columns) if column in known
+    ]
+
+
+def _check_columns(columns: Sequence[str], names: Sequence[str], where: str) -> None:
+    """Raise ShardError unless there is one column for each class."""
+    indices = [index_of(column, names, where, ShardError) for column in columns]
+    if twice := next((column for column, index in zip(columns, indices, strict=True) if indices.count(index) > 1), None):
+        raise ShardError(f"{where}: two columns are for the class {twice!r}")
+    if missing := {*range(1, len(names))} - {*indices}:
+        raise ShardError(f"{where}: has no column for the class {names[min(missing)]!r}")
 
 
 def _classes(row: Sequence[str], layout: _Layout, names: Sequence[str], where: str) -> Iterator[int]:

@@ -15,14 +15,15 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from weakclip.data.codecs import encode_mask_png
+from weakclip.config import STORED, UPRIGHT
+from weakclip.data.codecs import encode_mask_png, png_palette
 from weakclip.data.index import ShardError
 from weakclip.data.orientation import orientation_of, turn, turned_size
-from weakclip.data.sample import IMAGES, Cam, Sample, decode_mask
-from weakclip.datasets.cam_files import read_cam
-from weakclip.datasets.items import Item
+from weakclip.data.sample import IMAGES, Cam, Sample, decode_mask, proportional
+from weakclip.datasets.cam_files import map_shape, read_cam
+from weakclip.datasets.items import Item, Readable
 from weakclip.datasets.mask_files import index_png
-from weakclip.labels import IGNORE
+from weakclip.labels import IGNORE, palette
 
 
 class Header(NamedTuple):
@@ -59,10 +60,11 @@ def read_header(stream: BinaryIO, file: Path) -> Header:
     return Header(extension, size_HW, orientation)
 
 
-def load_item(item: Item, class_map: Sequence[int], cam_keys: str = "foreground0") -> Sample:
+def load_item(item: Item, class_map: Sequence[int], cam_keys: str = "foreground0", in_colours: bool = False) -> Sample:
     """Read the files of one item and map its classes by `class_map` (labels.class_map) to those of the set to build.
 
-    Raises ShardError or OSError naming the file at fault.
+    in_colours: whether masks may be in VOC's colours, which stand for VOC's classes. Raises ShardError or OSError naming the
+    file at fault.
     """
     data = item.image.read_bytes()
     header, classes = read_header(io.BytesIO(data), item.image), item.classes or ()
@@ -78,8 +80,8 @@ def load_item(item: Item, class_map: Sequence[int], cam_keys: str = "foreground0
         width=size_HW[1],
         source=f"{item.image.parent.name}/{item.image.name}",
         cam=_read_cam(item, header, classes, cam_keys),
-        seed=_read_mask(item, "seed", header),
-        mask=_read_mask(item, "mask", header),
+        seed=_read_mask(item, "seed", header, in_colours),
+        mask=_read_mask(item, "mask", header, in_colours),
         orientation=item.orientation,
     )
     return sample if tuple(class_map) == tuple(range(len(class_map))) else _translated(sample, class_map)
@@ -100,26 +102,36 @@ def _check_frame(found_HW: tuple[int, int], part: str, item: Item, header: Heade
 
 def _exif_hint(found_HW: tuple[int, int], item: Item, header: Header) -> str:
     """Return the end of a message for a part that fits only the image's other frame."""
-    other, frame_HW = ("upright", header.upright_size) if item.orientation == 1 else ("stored", header.size)
+    other, frame_HW = (UPRIGHT, header.upright_size) if item.orientation == 1 else (STORED, header.size)
     if found_HW != frame_HW or header.size == header.upright_size:
         return ""
     return f", which has EXIF orientation {header.orientation}: the size is that of the other frame; build with --exif {other}"
 
 
-def _read_mask(item: Item, part: str, header: Header) -> bytes | None:
+def _read_mask(item: Item, part: str, header: Header, in_colours: bool) -> bytes | None:
     """Return a mask as a PNG of class indices in the image's frame."""
     file = item.mask if part == "mask" else item.seed
     if file is None:
         return None
     where = file if isinstance(file, Path) else item.image
-    data = index_png(file.read_bytes(), str(where))
+    data = index_png(_drawn(file, header), str(where), in_colours)
     W, H = struct.unpack(">II", data[16:24])
     _check_frame((H, W), part, item, header, f"{where}: this {part} is")
     if part not in item.stored:
         return data
     mask_HW = decode_mask(data, f"{part}.png", (H, W), num_classes=256)
     assert mask_HW is not None
-    return encode_mask_png(turn(mask_HW, item.orientation))
+    return encode_mask_png(turn(mask_HW, item.orientation), png_palette(data))
+
+
+def _drawn(file: Readable, header: Header) -> bytes:
+    """Return the bytes of a mask. Where annotations cannot be drawn on an image that EXIF turns, the error says so."""
+    try:
+        return file.read_bytes()
+    except ShardError as error:
+        if header.orientation == 1:
+            raise
+        raise ShardError(f"{error}; the image has EXIF orientation {header.orientation}, see --exif") from None
 
 
 def _read_cam(item: Item, header: Header, classes: Sequence[int], cam_keys: str) -> Cam | None:
@@ -127,13 +139,26 @@ def _read_cam(item: Item, header: Header, classes: Sequence[int], cam_keys: str)
     if item.cam is None:
         return None
     size_HW = _frame_of("cam", item, header)
+    if header.orientation != 1:  # before small maps are enlarged to the image's proportions
+        shape_hw = map_shape(item.cam)
+        if not proportional(shape_hw, size_HW) and proportional(shape_hw, size_HW[::-1]):
+            hint = _exif_hint(size_HW[::-1], item, header)
+            raise ShardError(f"{item.cam}: maps of {shape_hw} do not fit an image of {size_HW}{hint}")
     cam = read_cam(item.cam, size_HW, classes, cam_keys)
-    if not cam.fits(*size_HW):
-        hint = _exif_hint(size_HW[::-1], item, header) if cam.fits(*size_HW[::-1]) else ""
-        raise ShardError(f"{item.cam}: maps of {cam.maps_nhw.shape[1:]} do not fit an image of {size_HW}{hint}")
     if "cam" not in item.stored:
         return cam
     return replace(cam, maps_nhw=np.stack([turn(map_hw, item.orientation) for map_hw in cam.maps_nhw]))
+
+
+def _permuted(colours: bytes | None, class_map: Sequence[int]) -> bytes | None:
+    """Return the palette in which each class keeps its colour under its new index."""
+    if colours is None:
+        return None
+    permuted = bytearray(palette())
+    for index, target in enumerate(class_map):
+        if target and 3 * index < len(colours):
+            permuted[3 * target : 3 * target + 3] = colours[3 * index : 3 * index + 3]
+    return bytes(permuted)
 
 
 def _translated(sample: Sample, class_map: Sequence[int]) -> Sample:
@@ -143,7 +168,7 @@ def _translated(sample: Sample, class_map: Sequence[int]) -> Sample:
 
     def translated(data: bytes | None, what: str) -> bytes | None:
         mask_HW = decode_mask(data, what, sample.size, len(class_map))
-        return None if mask_HW is None else encode_mask_png(lut[mask_HW])
+        return None if data is None or mask_HW is None else encode_mask_png(lut[mask_HW], _permuted(png_palette(data), class_map))
 
     cam = sample.cam
     if cam:

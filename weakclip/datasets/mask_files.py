@@ -15,27 +15,34 @@ from weakclip.registry import load
 _MATLAB = b"MATLAB 5.0"
 
 
-def index_png(data: bytes, where: str) -> bytes:
+def index_png(data: bytes, where: str, in_colours: bool = True) -> bytes:
     """Return a mask as a PNG of class indices: an 8-bit PNG unchanged, or what it is converted to.
 
-    Raises ShardError naming `where` for what is neither a PNG nor a .mat of SBD, for a colour that is not in VOC's palette, and
-    for an index above 255.
+    in_colours: whether colours stand for VOC's classes, by VOC's palette. Raises ShardError naming `where` for what is neither a
+    PNG nor a .mat of SBD, for other colours, and for an index above 255.
     """
     if data.startswith(_MATLAB):
-        return encode_mask_png(_segmentation(data, where))
+        return _grey(_segmentation(data, where))
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             if image.mode in ("P", "L"):
                 return data
-            if image.mode in ("RGB", "RGBA"):
+            if image.mode in ("RGB", "RGBA") and in_colours:
                 return encode_mask_png(_indices_of_colours(np.array(image), where))
             if image.mode.startswith("I"):
-                return encode_mask_png(_eight_bits(np.array(image), where))
-            raise ShardError(f"{where}: a mask of mode {image.mode}; save class indices as an 8-bit PNG")
+                return _grey(_eight_bits(np.array(image), where))
+            raise ShardError(f"{where}: a mask of mode {image.mode}; save class indices, not colours, as an 8-bit PNG")
     except ShardError:
         raise
     except Exception as error:  # a decoder of damaged bytes may raise anything
         raise ShardError(f"{where}: not a PNG of class indices ({type(error).__name__})") from None
+
+
+def _grey(mask_HW: np.ndarray) -> bytes:
+    """Return a mask as a PNG without a palette, which could be taken for the source's."""
+    file = io.BytesIO()
+    Image.fromarray(mask_HW).save(file, "PNG")
+    return file.getvalue()
 
 
 def _indices_of_colours(pixels_HWC: np.ndarray, where: str) -> np.ndarray:

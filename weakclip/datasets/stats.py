@@ -106,6 +106,7 @@ def stats(index: Index, processes: int, seeds: SeedConfig) -> dict[str, Any]:
         "thresholds": {"background": seeds.background, "foreground": seeds.foreground, "crf": seeds.crf is not None},
         "seeds": {"background": background, "ignored": ignored},
         "disagreements": findings.disagreements(),
+        "notes": findings.notes(),
         "classes": [_class_stats(whole, number, name) for number, name in enumerate(index.classes) if number],
     }
 
@@ -171,7 +172,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--strict", action="store_true", help="labels, CAMs, seeds and masks that disagree are an error")
     options = parser.parse_args(arguments)
     found = stats(Index.load(options.directory), options.processes, seeds_of(options))
-    print("\n\n".join([*map(str, tables(found)), *found["disagreements"]]))
+    print("\n\n".join([*map(str, tables(found)), *found["disagreements"], *found["notes"]]))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.json, json.dumps(found, indent=1) + "\n")

@@ -67,16 +67,11 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     index = Index.load(options.directory)
     problems, findings = verify(index, options.processes)
-    disagreements = findings.disagreements()
-    problems += disagreements if options.strict else []
     for problem in problems:
         _log.error("%s", problem)
-    for line in () if options.strict else disagreements:
-        _log.warning("%s", line)
-    for line in findings.notes():
-        _log.info("%s", line)
-    print(f"{options.directory}: {len(index.shards)} shards, {len(index.entries)} samples, {len(problems)} problems")
-    if problems:
+    count = len(problems) + findings.report(options.strict)
+    print(f"{options.directory}: {len(index.shards)} shards, {len(index.entries)} samples, {count} problems")
+    if count:
         sys.exit(1)
 
 

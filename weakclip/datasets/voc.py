@@ -64,7 +64,11 @@ def _read_split(devkit: Path, split: str) -> list[str]:
     kept = [row for row in rows if row[1:] != ["-1"]]
     if len(kept) < len(rows):
         _log.info("%s: %d of %d rows are marked -1 and left out", file, len(rows) - len(kept), len(rows))
-    return [Path(row[0]).stem for row in kept]
+    return [_without_suffix(Path(row[0]).name) for row in kept]
+
+
+def _without_suffix(name: str) -> str:
+    return Path(name).stem if Path(name).suffix.lower() in (".jpg", ".png") else name
 
 
 def _find_mask(devkit: Path, key: str) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -32,8 +31,6 @@ from weakclip.runtime.workers import map_in_processes
 
 BUILD = "build.json"
 """File in a set that a recipe made, and in OUT.partial, with `Build.provenance` and the number of shards."""
-
-_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Apply = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -146,14 +143,11 @@ class Build(Generic[T]):
         """Log what was found in the samples. Raises ShardError for disagreements if they are errors."""
         findings = Findings()
         for number in range(self.shards):
-            findings.merge(Findings.from_dict(json.loads((work / f"{_name(number)}.json").read_text())["findings"]))
-        disagreements = findings.disagreements()
-        if self.strict and disagreements:
+            note = json.loads((work / f"{_name(number)}.json").read_text())
+            findings.merge(Findings.from_dict(note.get("findings", {})))  # an earlier version noted none
+        if self.strict and (disagreements := findings.disagreements()):
             raise ShardError(f"--strict: {disagreements[0]}")
-        for line in disagreements:
-            _log.warning("%s", line)
-        for line in findings.notes():
-            _log.info("%s", line)
+        findings.report(strict=False)
 
 
 def build_shards(

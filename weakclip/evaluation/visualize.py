@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from weakclip.data.names import printable
 from weakclip.labels import IGNORE, palette
 
 TILE_W, TILE_H, CAPTION_H = 240, 180, 22
@@ -41,7 +42,7 @@ def heat(image_HW3: np.ndarray, maps_nHW: np.ndarray) -> np.ndarray:
 class Row:
     """One row of a sheet: images (uint8 H x W x 3) under a caption with the classes beside their colours."""
 
-    key: str
+    name: str
     classes: Sequence[int]
     pictures: Sequence[np.ndarray]
 
@@ -65,8 +66,9 @@ def sheet(rows: Sequence[Row], names: Sequence[str], columns: Sequence[str] = ()
 def _caption(
     draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, row: Row, names: Sequence[str], top: int
 ) -> None:
-    draw.text((4, top + 4), row.key, "black", font)
-    left = 16 + int(draw.textlength(row.key, font))
+    caption = printable(row.name)
+    draw.text((4, top + 4), caption, "black", font)
+    left = 16 + int(draw.textlength(caption, font))
     for index in row.classes:
         draw.rectangle((left, top + 6, left + 10, top + 16), tuple(COLOURS[index].tolist()))
         draw.text((left + 14, top + 4), names[index], "black", font)

@@ -14,12 +14,13 @@ from typing import Any
 
 import huggingface_hub
 
+from weakclip.checkpoints.clip_files import OPEN_CLIP
 from weakclip.config import ConfigError
 from weakclip.models.architectures import open_clip
 from weakclip.runtime.ranks import on_first
 
-OPEN_CLIP, HUGGING_FACE, PREPROCESSOR = "open_clip_config.json", "config.json", "preprocessor_config.json"
-"""Files beside the weights: open_clip's architecture and preprocessing, transformers' architecture, and its preprocessing."""
+HUGGING_FACE, PREPROCESSOR = "config.json", "preprocessor_config.json"
+"""Files beside the weights: transformers' architecture, and its preprocessing."""
 
 WEIGHTS = {
     OPEN_CLIP: ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),

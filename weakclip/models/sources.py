@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from weakclip.checkpoints import weight_files
-from weakclip.checkpoints.clip_files import HUB, is_name, place, weights_file
+from weakclip.checkpoints.clip_files import HUB, OPEN_CLIP, is_name, place, weights_file
 from weakclip.config import ClipConfig, ConfigError
 from weakclip.data.photometric import NORMALISATIONS, Normalisation
 from weakclip.models import architectures, hub, hugging_face, timm_vit
 from weakclip.models.architectures import open_clip
-from weakclip.models.hub import HUGGING_FACE, OPEN_CLIP, PREPROCESSOR
+from weakclip.models.hub import HUGGING_FACE, PREPROCESSOR
 
 # Metadata of a converted file (weakclip.convert): open_clip's model_cfg as JSON, "doubled" if the class embedding is doubled,
 # "quick_gelu" or "gelu" where the architecture is not stated, and open_clip's preprocess_cfg as JSON.

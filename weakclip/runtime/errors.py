@@ -19,4 +19,4 @@ def one_line(error: BaseException) -> str:
     """Return the message of a user error: for one of the system, the file and what happened, without its number."""
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
-    return str(error)
+    return str(error).replace("\n", "\\n").replace("\r", "\\r")  # a file's name may hold any character

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from weakclip.data.index import KEY, Entry, ShardError
-from weakclip.data.names import composed, key_of, names_a_file
+from weakclip.data.names import composed, key_of, names_a_file, printable
 
 FILE_NAMES = st.binary(min_size=1, max_size=240).map(os.fsdecode).filter(lambda name: not {"/", "\0"} & {*name})
 NAMES = st.lists(FILE_NAMES, min_size=1, max_size=3).map("/".join).filter(names_a_file)
@@ -46,11 +46,11 @@ def test_different_names_have_different_keys(one, other):
     assert key_of(one) != key_of(other)
 
 
-@pytest.mark.parametrize("name", ["", "/etc/passwd", "../a", "a/../b", "a//b", "./a", "a/", "a\0b", "a/./b"])
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "../a", "a/../b", "a//b", "./a", "a/", "a\0b", "a/./b", "\ud800x"])
 def test_a_name_that_leaves_its_folder_is_refused(name):
     assert not names_a_file(name)
     with pytest.raises(ShardError, match=r"is not \[key, offset, length\] or"):
-        Entry.parse("s.tar", [key_of(name) or "x", 0, 512, name], "index.json")
+        Entry.parse("s.tar", ["x", 0, 512, name], "index.json")
 
 
 def test_a_row_with_the_name_of_another_key_is_refused():
@@ -58,6 +58,10 @@ def test_a_row_with_the_name_of_another_key_is_refused():
     assert Entry.parse("s.tar", row, "index.json").name == "a.b" and Entry.parse("s.tar", row, "").as_row() == row
     with pytest.raises(ShardError, match="is not"):
         Entry.parse("s.tar", ["other", 0, 512, "a.b"], "index.json")
+
+
+def test_a_name_in_a_message_is_one_printable_line():
+    assert printable("Fähre 1\n\x1b[2K\udcff.jpg") == r"Fähre 1\n\x1b[2K\udcff.jpg"
 
 
 def test_odd_dots_are_names():

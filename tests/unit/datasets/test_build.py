@@ -18,7 +18,7 @@ from weakclip.config import ConfigError
 from weakclip.data.index import Index, ShardError
 from weakclip.data.reading import load, read_entry
 from weakclip.data.sample import DecodedSample
-from weakclip.datasets import build, reshard
+from weakclip.datasets import build, reshard, show
 from weakclip.labels import VOC, palette
 from weakclip.masks import mask_folder
 from weakclip.runtime.errors import UserError
@@ -113,13 +113,41 @@ def test_both_normal_forms_are_one_name(images, tmp_path):
     index = folder(images, "--labels", str(tmp_path / "labels.csv"), "--masks", str(tmp_path / "masks"))
     assert [entry.name for entry in index.entries] == [decomposed[:-4]]  # as it is on the disk
     save(images / composed)
-    with pytest.raises(ShardError, match="another file has the same name in another Unicode form; rename or drop one"):
+    with pytest.raises(ShardError, match="is the same name in another Unicode form; rename or drop one"):
         folder(images)
+
+
+def test_a_folder_called_as_a_mask_is_refused(images):
+    save(images / "a.jpg")
+    save(images / "a.png/b.jpg")
+    with pytest.raises(ShardError, match="a.png/b.jpg: its folder would have the name of another file, a.png; rename the folder"):
+        folder(images, "--recursive")
+
+
+def test_twins_among_masks_are_refused(images, tmp_path):
+    save(images / "ä.jpg")
+    for form in ("NFC", "NFD"):
+        save(tmp_path / "masks" / unicodedata.normalize(form, "ä.png"))
+    with pytest.raises(ShardError, match="is the same name in another Unicode form; rename or drop one"):
+        folder(images, "--masks", str(tmp_path / "masks"))
+
+
+def test_links_to_folders_above_are_not_followed(images):
+    save(images / "trip/a.jpg")
+    (images / "trip/again").symlink_to(images / "trip")
+    (images / "other").symlink_to(images / "trip")
+    assert [entry.name for entry in folder(images, "--recursive").entries] == ["other/a", "trip/a"]
+
+
+def test_a_name_with_a_newline_can_be_shown(images, tmp_path):
+    save(images / "a\nb.jpg")
+    show.main([str(folder(images).root), "--out", str(tmp_path / "sheet.png")])
+    assert (tmp_path / "sheet.png").is_file()
 
 
 PARTS = st.binary(min_size=1, max_size=200).map(os.fsdecode).filter(lambda part: not {"/", "\0"} & {*part} and part.strip("."))
 FANCY = st.text(st.sampled_from("aé\u0301e.\n %~\\🐈ß"), min_size=1, max_size=20).filter(lambda part: part.strip("."))
-FILES = st.lists(st.tuples(st.sampled_from(["", "sub/", "ü/x y/"]), PARTS | FANCY), min_size=1, max_size=4, unique=True)
+FILES = st.lists(st.tuples(st.sampled_from(["", "sub/", "ü/x y/", "a.png/"]), PARTS | FANCY), min_size=1, max_size=4, unique=True)
 JPEG = io.BytesIO()
 Image.new("RGB", (W, H)).save(JPEG, "JPEG")
 
@@ -136,14 +164,15 @@ def test_any_name_comes_back_or_is_refused_before_anything_is_written(tmp_path_f
     try:
         index = folder(root / "images", "--recursive")
     except UserError as error:
-        assert "another Unicode form" in str(error) or "has the same name" in str(error)
-        assert len({unicodedata.normalize("NFC", name) for name in wanted}) < len(wanted)
+        twins = len({unicodedata.normalize("NFC", name) for name in wanted}) < len(wanted)
+        assert ("the same name" in str(error) and twins) or ("name of another file, a.png" in str(error) and "a" in wanted)
         assert sorted(os.listdir(root)) == ["images", "names.txt"]
         return
     for entry in index.entries:
         mask_folder.save(np.zeros((H, W), np.uint8), mask_folder.mask_path(root / "masks", load(index, entry).name))
     assert mask_folder.missing(root / "masks", index.entries) == []
-    made = {path.relative_to(root / "masks").as_posix().removesuffix(".png") for path in (root / "masks").rglob("*.png")}
+    files = (path.relative_to(root / "masks").as_posix() for path in (root / "masks").rglob("*.png") if path.is_file())
+    made = {file.removesuffix(".png") for file in files}
     assert made == {entry.name for entry in index.entries} == wanted
 
 
@@ -169,7 +198,7 @@ def test_webp_is_read_as_it_is_and_others_are_named(images, caplog):
         (b"", "a.jpg: is empty; copy it again"),
         (b"hello", "a.jpg: not a JPEG, PNG or WebP image, or damaged; copy or convert it again"),
         ("GIF", "a.jpg: is a GIF; convert it to PNG or JPEG, such as by: magick a.jpg a.png"),
-        ("TIFF", "a.jpg: is a TIFF; convert it"),
+        ("TIFF", "a.jpg: is a TIFF; convert it to PNG"),
         ("BMP", "a.jpg: is a BMP; convert it"),
     ],
 )
@@ -225,6 +254,13 @@ def voc(devkit: Path, split: str, *options: str) -> Index:
 def test_a_split_with_a_byte_order_mark(devkit):
     (devkit / "ImageSets/Segmentation/s.txt").write_bytes("2007_000000\r\n2007_000001\r\n".encode("utf-8-sig"))
     assert [entry.name for entry in voc(devkit, "s").entries] == ["2007_000000", "2007_000001"]
+
+
+def test_a_name_in_a_split_may_have_dots(devkit):
+    for folder_name, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (devkit / folder_name / f"2007_000000.{suffix}").rename(devkit / folder_name / f"frame.0001.{suffix}")
+    (devkit / "ImageSets/Segmentation/s.txt").write_text("frame.0001\n/JPEGImages/2007_000001.jpg /x.png\n")
+    assert [entry.name for entry in voc(devkit, "s").entries] == ["frame.0001", "2007_000001"]
 
 
 def test_a_list_of_image_sets_main_has_members_only(devkit, caplog):

@@ -24,6 +24,11 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
+def test_colours_of_other_class_lists_are_refused():
+    with pytest.raises(ShardError, match="a.png: a mask of mode RGB; save class indices, not colours"):
+        index_png(encoded(Image.fromarray(COLOURS[MASK_HW])), "a.png", in_colours=False)
+
+
 def indices(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(index_png(data, "a.png"))))
 

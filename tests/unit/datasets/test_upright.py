@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +177,12 @@ def test_one_line_counts_the_images_and_says_what_is_done(tmp_path, kind, caplog
     caplog.clear()
     data_set.build("upright", name="upright")
     (line,) = [message for message in caplog.messages if "EXIF" in message]
-    assert line.startswith("1 of 1 images are turned upright by their EXIF orientation; each mask is taken as stored, each cam ")
+    assert (
+        line.startswith(
+            "1 of 1 images are turned upright by their EXIF orientation; each mask follows the stored image; each cam follows"
+        )
+        and line.count("stored") == 2
+    )
     caplog.clear()
     kind(tmp_path / "plain", ".jpg", 1).build("upright")
     assert not [message for message in caplog.messages if "EXIF" in message]
@@ -194,17 +203,115 @@ def test_polygons_in_the_upright_frame_with_the_stored_size(tmp_path, caplog):
     assert "beyond" not in caplog.text
 
 
+def coco_set(root: Path, *images: tuple[int, list]) -> list[str]:
+    """COCO options for images of (orientation, polygons), all listed with the stored size."""
+    listed, drawn = [], []
+    for number, (orientation, polygons) in enumerate(images):
+        save(IMAGE_HW3, root / f"images/{number}.jpg", orientation)
+        listed.append({"id": number, "file_name": f"./{number}.jpg", "height": H, "width": W})
+        drawn += [{"image_id": number, "category_id": 1, "segmentation": polygons}]
+    categories = [{"id": 1, "name": "cat"}]
+    (root / "a.json").write_text(json.dumps({"images": listed, "annotations": drawn, "categories": categories}))
+    return [
+        "coco",
+        "--images",
+        str(root / "images"),
+        "--annotations",
+        str(root / "a.json"),
+        "--masks",
+        "--out",
+        str(root / "set"),
+    ]
+
+
+STORED_ONLY = [[50, 5, 60, 5, 60, 30, 50, 30]]
+UPRIGHT_ONLY = [[5, 50, 30, 50, 30, 60, 5, 60]]
+BEYOND_BOTH = [[5, 5, 70, 5, 70, 30, 5, 30]]
+WITHIN_BOTH = [[5, 5, 30, 5, 30, 30, 5, 30]]
+
+
+@pytest.mark.parametrize(
+    "images, frame",
+    [
+        ([(6, BEYOND_BOTH), (6, STORED_ONLY)], "stored"),
+        ([(3, UPRIGHT_ONLY), (6, STORED_ONLY)], "stored"),
+        ([(6, WITHIN_BOTH), (8, WITHIN_BOTH)], "stored"),
+        ([(6, WITHIN_BOTH), (6, UPRIGHT_ONLY)], "upright"),
+    ],
+)
+def test_only_polygons_that_fit_one_frame_decide(tmp_path, caplog, images, frame):
+    caplog.set_level("INFO")
+    build.main([*coco_set(tmp_path, *images), "--exif", "upright"])
+    assert f"each mask follows the {frame} image" in caplog.text
+    index = Index.load(tmp_path / "set")
+    for entry, (orientation, polygons) in zip(index.entries, images, strict=True):
+        left, top, right, bottom = *polygons[0][:2], polygons[0][2], polygons[0][5]
+        drawn_HW = np.zeros((H, W) if frame == "stored" else transposed(MASK_HW, orientation).shape, np.uint8)
+        drawn_HW[top:bottom, left:right] = COCO.index("cat")
+        want_HW = transposed(drawn_HW, orientation) if frame == "stored" else drawn_HW
+        np.testing.assert_array_equal(load(index, entry).mask, want_HW)
+
+
+def test_polygons_that_contradict_each_other_are_an_error(tmp_path):
+    with pytest.raises(
+        ShardError, match="two kinds of mask: that of .*0.jpg follows the stored pixels, that of .*1.jpg the upright"
+    ):
+        build.main([*coco_set(tmp_path, (6, STORED_ONLY), (6, UPRIGHT_ONLY)), "--exif", "upright"])
+
+
+def test_run_lengths_of_the_other_frame_name_exif(tmp_path):
+    data_set = Coco(tmp_path, ".jpg", 6)
+    data_set.write((H, W), [(number, {"size": [W, H], "counts": [H * W]}) for number in (1, 2)])
+    for exif in ("stored", "upright"):
+        with pytest.raises(ShardError, match=r"size is \[64, 40\], .*the image has EXIF orientation 6, see --exif"):
+            data_set.build(exif)
+
+
+def test_a_small_cam_of_the_other_frame_is_seen_by_its_proportions(tmp_path, caplog):
+    """Maps below a quarter of the image are enlarged to its proportions, whatever theirs are."""
+    data_set = Folder(tmp_path, ".jpg", 6)
+    small_hw = np.zeros((W // 4 // 2, H // 4 // 2), np.float32)
+    small_hw[0] = 1  # the upper end of the upright image
+    np.save(tmp_path / "cams/2007_000001.npy", {7: small_hw, 11: small_hw}, allow_pickle=True)
+    with pytest.raises(ShardError, match=r"maps of \(8, 5\) do not fit .*build with --exif upright"):
+        data_set.build("stored")
+    shutil.rmtree(tmp_path / "set.partial", ignore_errors=True)
+    maps_nhw = data_set.build("upright").cam.maps_nhw
+    assert maps_nhw[:, 0].min() > 200 and not maps_nhw[:, -1].any()
+
+
+def test_parts_built_by_jobs_with_other_hash_seeds_make_one_set(tmp_path):
+    options = [*coco_set(tmp_path, (6, STORED_ONLY), (8, STORED_ONLY), (1, STORED_ONLY))[1:-2], "--classes", "coco"]
+    recipe = {"source": "coco", "images": options[1], "annotations": options[3], "masks": True, "exif": "upright"}
+    (tmp_path / "cams").mkdir()
+    for number in range(3):
+        np.save(tmp_path / f"cams/{number}.npy", {15: np.ones((H, W), np.float32)}, allow_pickle=True)
+    recipe |= {"samples_per_shard": 1, "cams": str(tmp_path / "cams")}
+    program = (
+        "import sys, json; from weakclip.config import BuildConfig; from weakclip.datasets import build as b;"
+        "from pathlib import Path; given = BuildConfig(**json.loads(sys.argv[1]));"
+        "planned = b.ready(b.plan(given, Path(sys.argv[2]), 'coco'), given);"
+        "planned.run(1, range(int(sys.argv[3]), int(sys.argv[3]) + 1))"
+    )
+    for number in range(3):
+        command = [sys.executable, "-c", program, json.dumps(recipe), str(tmp_path / "set"), str(number)]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": str(number)})
+    assert len(Index.load(tmp_path / "set").entries) == 3
+
+
 def test_masks_of_both_frames_are_an_error_and_none_that_tells_a_warning(tmp_path, caplog):
     one = Folder(tmp_path, ".jpg", 6)
     save(IMAGE_HW3, tmp_path / "images/b.jpg", 6)
     Image.fromarray(transposed(MASK_HW, 6)).save(tmp_path / "masks/b.png")
     images, masks = ["--images", str(tmp_path / "images"), "--classes", "voc"], ["--masks", str(tmp_path / "masks")]
-    with pytest.raises(ShardError, match="--exif upright: the mask of .*1.jpg follows the stored pixels, that of .*b.jpg the"):
+    with pytest.raises(
+        ShardError, match="--exif upright: two kinds of mask: that of .*1.jpg follows the stored pixels, that of .*b.jpg"
+    ):
         build.main(["folder", *images, *masks, "--out", str(tmp_path / "set"), "--exif", "upright"])
     (tmp_path / "images/b.jpg").unlink()
     save(IMAGE_HW3, one.image, 3)
     build.main(["folder", *images, *masks, "--out", str(tmp_path / "set"), "--exif", "upright"])
-    assert "no size tells whether a mask follows the stored pixels; each is turned with them" in caplog.text
+    assert "the sizes do not show whether each mask follows the stored pixels; it is turned" in caplog.text
 
 
 def test_the_rule_is_part_of_what_a_set_was_made_from(tmp_path):
