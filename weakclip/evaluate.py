@@ -18,7 +18,6 @@ from weakclip.data.sample import DecodedSample
 from weakclip.evaluation import score_files
 from weakclip.evaluation.metrics import Scores
 from weakclip.evaluation.score_files import Scored
-from weakclip.evaluation.scoring import best_cam_threshold, cam_crf_counts, count, score, seed_scores
 from weakclip.masks import mask_folder
 from weakclip.runtime.command_line import input_folder, output_file, shard_set
 
@@ -28,18 +27,21 @@ def run(config: Config, what: str, data: str, shards: str | None, folder: Path) 
     names = labels.class_names(config.classes)
     index = open_index(data, names, config.data)
     samples = _samples(index, select_shards(index, shards), config.data.workers)
+    scoring = registry.load("weakclip.evaluation.scoring")
     if what in ("cam", "cam_crf"):
         if what == "cam_crf" and config.pseudo.crf is None:
             raise ConfigError("pseudo.crf is null; set it to the CRF that --what cam_crf applies")
-        found = best_cam_threshold(samples, names)
+        found = scoring.best_cam_threshold(samples, names)
         print(f"best threshold {found.threshold}; threshold:mIoU (%):\n{found.curve_text()}")
         if what == "cam_crf" and config.pseudo.crf:
             settings = [config.pseudo.crf]
-            return cam_crf_counts(samples, found.threshold, settings, len(names), config.pseudo.processes)[0].scores(names)
+            return scoring.cam_crf_counts(samples, found.threshold, settings, len(names), config.pseudo.processes)[0].scores(
+                names
+            )
         return found
     if what == "seeds":
-        return seed_scores(samples, config.seeds, names, config.pseudo.processes)
-    return score(samples, lambda sample: mask_folder.read(folder, sample.name), names)
+        return scoring.seed_scores(samples, config.seeds, names, config.pseudo.processes)
+    return scoring.score(samples, lambda sample: mask_folder.read(folder, sample.name), names)
 
 
 def run_part(config: Config, part: str | None) -> None:
@@ -57,6 +59,7 @@ def score_shards(index: Index, part: str | None, place: Scored, workers: int) ->
     for shard, entries in tqdm([(shard, list(entries)) for shard, entries in shards], "scoring", unit=" shards", disable=None):
         if place.counts(shard) is None:
             samples = _samples(index, entries, workers)
+            count = registry.load("weakclip.evaluation.scoring:count")
             found = count(samples, lambda sample: mask_folder.read(place.masks, sample.name), len(index.classes))
             place.write_counts(shard, found)
     if (whole := place.add_up(index)) is not None:

@@ -76,7 +76,7 @@ MISTAKES = {
     "status": [NOWHERE],
     "sweep": [NOWHERE],
     "convert": [[*NOWHERE, "out.txt"]],
-    "fidelity": [[]],
+    "fidelity": [NOWHERE],
     "retrain": [*ON_A_RECIPE, ["--config", "configs/demo.yaml"]],  # names no network
     "train": [*ON_A_RECIPE, ["--config", "configs/demo.yaml", "data.train=nowhere"]],
     "pseudo": [*ON_A_RECIPE, ["--config", "configs/demo.yaml", "run=nowhere"]],

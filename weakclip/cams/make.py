@@ -17,7 +17,6 @@ from weakclip.data.index import Entry, Index, open_index, select_numbers
 from weakclip.data.reading import read_entry
 from weakclip.data.sample import Cam, DecodedSample, PackedSample, decode_sample
 from weakclip.datasets import writing
-from weakclip.masks.seeds import seed_mask
 from weakclip.registry import CAM_SOURCES
 from weakclip.runtime.workers import WorkerPool, cores, map_images
 
@@ -71,7 +70,8 @@ class WithCam:
             parts["cam.npz"] = cam.encode()
             if self.seeds.crf:  # too slow to repeat in each epoch
                 own = replace(sample, cam=cam, seed=None, mask=None)
-                parts["seed.png"] = encode_mask_png(self.workers.run(partial(seed_mask, config=self.seeds), own))
+                seed_mask = partial(registry.load("weakclip.masks.seeds:seed_mask"), config=self.seeds)
+                parts["seed.png"] = encode_mask_png(self.workers.run(seed_mask, own))
         else:
             self.unlabelled.append(entry.key)
         return PackedSample(entry.key, parts, f"{self.labelled.storage}/{entry.shard}")

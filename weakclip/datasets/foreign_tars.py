@@ -2,38 +2,80 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+import shutil
 import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from weakclip.data.index import ShardError
+from weakclip.data.names import key_of
 from weakclip.data.sample import PackedSample
+from weakclip.datasets.foreign_parts import is_ours, part_of, with_json
+
+GZIPPED = (".tar.gz", ".tgz")
 
 
 @dataclass(frozen=True)
 class ForeignSample:
-    """One sample of a tar file. members: extension, offset and size in bytes of each part's data."""
+    """One sample of a tar file. members: part, offset and size in bytes of its data. left_out: parts that our format has not."""
 
     tar: Path
     key: str
     members: tuple[tuple[str, int, int], ...]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> set[str]:
+        """The parts that are read."""
+        return {part for part, _, _ in self.members}
 
 
 def tar_files(directory: Path) -> list[Path]:
-    """List the tar files in a directory by name. Raises ShardError where there are none, or where one is compressed."""
+    """List the tar files in a directory by name, plain or gzipped. Raises ShardError where there are none, or another archive."""
     names = sorted(path for path in directory.iterdir() if path.is_file())
-    if packed := next((path for path in names if path.suffix == ".tgz" or ".tar." in path.name), None):
-        raise ShardError(f"{packed}: is compressed, so it cannot be read by offset; decompress it to a plain .tar first")
-    if not (tars := [path for path in names if path.suffix == ".tar"]):
+    if packed := next((path for path in names if ".tar." in path.name and not path.name.endswith(GZIPPED)), None):
+        raise ShardError(f"{packed}: is compressed, but not by gzip; decompress it to a plain .tar first")
+    if not (tars := [path for path in names if path.name.endswith((".tar", *GZIPPED))]):
         raise ShardError(f"{directory}: holds neither an index.json nor .tar files")
     return tars
+
+
+@contextmanager
+def unpacked(tars: Sequence[Path], beside: Path) -> Iterator[list[Path]]:
+    """Give plain tars in place of gzipped ones, which can't be read by offset: in a temporary folder on the disk of `beside`.
+
+    Raises ShardError naming a damaged one.
+    """
+    if not any(tar.name.endswith(GZIPPED) for tar in tars):
+        yield list(tars)
+        return
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{beside.name}.unpacked-", dir=beside.parent) as folder:
+        yield [_unpacked(tar, Path(folder)) if tar.name.endswith(GZIPPED) else tar for tar in tars]
+
+
+def _unpacked(tar: Path, folder: Path) -> Path:
+    plain = folder / f"{tar.name.removesuffix('.gz').removesuffix('.tgz').removesuffix('.tar')}.tar"
+    try:
+        with gzip.open(tar) as packed, open(plain, "xb") as file:
+            shutil.copyfileobj(packed, file, 1 << 20)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ShardError(f"{tar}: not a complete gzip file ({error}); copy or make it again") from None
+    return plain
 
 
 def scan(tar: Path) -> list[ForeignSample]:
     """List the samples of one tar file in the order of their first members, from its headers alone.
 
-    A member is called KEY.PART; directories before the name are ignored. Raises ShardError naming tar and member for a member
+    A member is called KEY.PART; directories before the name are ignored. Captions (KEY.txt) and another tool's KEY.json, the only
+    data that is read, are left out. Raises ShardError naming tar and member for a member
     with another kind of name, one that is not a regular file, two members of one name, and a truncated or damaged tar.
     """
     found: dict[str, dict[str, tuple[int, int]]] = {}
@@ -47,17 +89,26 @@ def scan(tar: Path) -> list[ForeignSample]:
                 end = member.offset_data
                 if not member.isdir():
                     key, extension = _name(member, tar)
+                    part = part_of(extension)
                     parts = found.setdefault(key, {})
-                    if extension in parts:
-                        raise ShardError(f"{tar}: two members are called {key}.{extension}; keep one, or rename one")
-                    parts[extension] = member.offset_data, member.size
+                    if part in parts:
+                        raise ShardError(f"{tar}: two members are called {key}.{part}; keep one, or rename one")
+                    parts[part] = member.offset_data, member.size
                     end += math.ceil(member.size / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     except ShardError:
         raise
     except Exception as error:  # tarfile raises nearly anything on damaged headers
         raise ShardError(f"{tar}: not a complete tar file ({error}); copy or make it again") from None
     _check_end(tar, end)
-    return [ForeignSample(tar, key, tuple((ext, *place) for ext, place in parts.items())) for key, parts in found.items()]
+    with open(tar, "rb") as stream:
+        return [_sample(tar, key, parts, stream) for key, parts in found.items()]
+
+
+def _sample(tar: Path, key: str, parts: dict[str, tuple[int, int]], stream: BinaryIO) -> ForeignSample:
+    left_out = ["txt"] if "txt" in parts else []
+    if "json" in parts and not is_ours(_read(stream, *parts["json"])):
+        left_out.append("json")
+    return ForeignSample(tar, key, tuple((part, *parts[part]) for part in parts if part not in left_out), tuple(left_out))
 
 
 def _name(member: tarfile.TarInfo, tar: Path) -> tuple[str, str]:
@@ -84,13 +135,24 @@ def _check_end(tar: Path, end: int) -> None:
             rest = stream.read(1 << 20)
 
 
-def load_foreign(sample: ForeignSample) -> PackedSample:
-    """Read a sample's members unchanged from the tar. Raises ShardError or OSError naming the tar."""
-    parts = {}
+def _read(stream: BinaryIO, offset: int, size: int) -> bytes:
+    stream.seek(offset)
+    return stream.read(size)
+
+
+def load_foreign(sample: ForeignSample, num_classes: int, cls: str | None = None) -> PackedSample:
+    """Read a sample's members unchanged from the tar. One without our json gets one (foreign_parts.with_json).
+
+    Raises ShardError or OSError naming the tar.
+    """
     with open(sample.tar, "rb") as stream:
-        for extension, offset, size in sample.members:
-            stream.seek(offset)
-            parts[extension] = stream.read(size)
-            if len(parts[extension]) < size:
-                raise ShardError(f"{sample.tar}: {sample.key}: the file was truncated while it was read")
-    return PackedSample(sample.key, parts, str(sample.tar))
+        parts = {part: _read(stream, offset, size) for part, offset, size in sample.members}
+    if any(len(parts[part]) < size for part, _, size in sample.members):
+        raise ShardError(f"{sample.tar}: {sample.key}: the file was truncated while it was read")
+    if "json" in parts:
+        return PackedSample(sample.key, parts, str(sample.tar))
+    try:
+        made = with_json(parts, sample.key, sample.tar.name, num_classes, cls)
+    except ShardError as error:
+        raise ShardError(f"{sample.tar}: {error}") from None
+    return PackedSample(key_of(sample.key), made, str(sample.tar))  # the json that was made holds the name

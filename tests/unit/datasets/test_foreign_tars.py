@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
 import subprocess
 import tarfile
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +21,15 @@ from hypothesis import strategies as st
 from weakclip.data.index import Entry, ShardError
 from weakclip.data.reading import read_entry
 from weakclip.data.sample import Cam, Sample, decode_sample
-from weakclip.datasets.foreign_tars import load_foreign, scan, tar_files
+from weakclip.datasets.foreign_tars import load_foreign, scan, tar_files, unpacked
+from weakclip.datasets.reshard import reshard
 from weakclip.datasets.writing import build_shards
+from weakclip.runtime.errors import UserError
 
 NAMES = ("background", "cat", "dog")
 H, W = 12, 16
 LONG = "x" * 80
+read = partial(load_foreign, num_classes=len(NAMES))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ def write_tar(path: Path, content: list[tuple[str, bytes]], **options) -> Path:
 
 
 def found(tar: Path) -> dict[str, dict[str, bytes]]:
-    return {sample.key: load_foreign(sample).parts for sample in scan(tar)}
+    return {sample.key: read(sample).parts for sample in scan(tar)}
 
 
 # ------------------------------------------------------------------------------------------------------ right samples
@@ -101,7 +107,8 @@ def test_tars_joined_by_gnu_tar(tmp_path, files, samples):
     for name, part in (("x.tar", "inner"), ("y.tar", f"{LONG}.png")):
         subprocess.run(["tar", "-cf", tmp_path / name, "-C", files, part], check=True)
     subprocess.run(["tar", "-Af", tmp_path / "x.tar", tmp_path / "y.tar"], check=True)
-    assert found(tmp_path / "x.tar") == {"a": samples["a"], LONG: {"png": samples[LONG]["png"]}}
+    joined = found(tmp_path / "x.tar")
+    assert joined["a"] == samples["a"] and joined[LONG]["png"] == samples[LONG]["png"] and len(joined) == 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -133,9 +140,159 @@ def test_an_empty_tar_has_no_samples(tmp_path):
 
 def test_what_was_found_can_be_built_and_read_again(tmp_path, samples):
     tar = write_tar(tmp_path / "x.tar", members(samples)[::-1])
-    index = build_shards(scan(tar), load_foreign, tmp_path / "set", NAMES, samples_per_shard=2)
+    index = build_shards(scan(tar), read, tmp_path / "set", NAMES, samples_per_shard=2)
     assert [entry.key for entry in index.entries] == [LONG, "a", "b"]
     assert {entry.key: read_entry(index, entry) for entry in index.entries} == samples
+
+
+# -------------------------------------------------------------------------------------------------------- other tools
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [("jpg", "jpg"), ("jpeg", "jpg"), ("JPG", "jpg"), ("JPEG", "jpg"), ("Jpeg", "jpg"), ("PNG", "png")]
+    + [("webp", "webp"), ("WEBP", "webp")],
+)
+def test_images_go_by_any_suffix(tmp_path, name, part):
+    (sample,) = scan(write_tar(tmp_path / "x.tar", [(f"a.{name}", b"...")]))
+    assert sample.parts == {part}
+
+
+def test_two_suffixes_of_one_image_are_named(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", [("a.jpg", b""), ("a.JPEG", b"")])
+    with pytest.raises(ShardError, match=r"x.tar: two members are called a.jpg; keep one"):
+        scan(tar)
+
+
+IMG2DATASET = {
+    "caption": "a dog",
+    "url": "https://x/a.jpg",
+    "key": "a",
+    "status": "success",
+    "width": W,
+    "height": H,
+    "exif": "{}",
+}
+
+
+@pytest.fixture
+def img2dataset(tmp_path, jpeg_of) -> Path:
+    """A folder as img2dataset writes it."""
+    image = jpeg_of(np.zeros((H, W, 3), np.uint8))
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    parts = [("a.jpg", image), ("a.txt", b"a dog"), ("a.json", json.dumps(IMG2DATASET).encode())]
+    write_tar(folder / "00000.tar", [*parts, ("b.jpg", image)])
+    (folder / "00000.parquet").touch()
+    (folder / "00000_stats.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def names(tmp_path) -> str:
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    return str(tmp_path / "names.txt")
+
+
+@pytest.fixture
+def numbered(tmp_path, samples) -> Callable[[bytes], str]:
+    """Writes a folder of one tar, of an image and its KEY.cls."""
+
+    def write(text: bytes) -> str:
+        (tmp_path / "tars").mkdir()
+        write_tar(tmp_path / "tars/x.tar", [("a.png", samples["a"]["png"]), ("a.cls", text)])
+        return str(tmp_path / "tars")
+
+    return write
+
+
+def test_captions_and_notes_of_img2dataset_are_left_out_and_counted(tmp_path, img2dataset, names, caplog):
+    caplog.set_level("INFO")
+    index = reshard(str(img2dataset), tmp_path / "set", 8, 1, names)
+    for entry in index.entries:
+        parts = read_entry(index, entry)
+        about = {"id": entry.key, "height": H, "width": W, "classes": [], "source": "00000.tar"}
+        assert parts.keys() == {"jpg", "json"} and json.loads(parts["json"]) == about
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("weakclip")] == [
+        f"{img2dataset}: left out 1 txt, 1 json; made the json of 2 of 2 samples, 2 of them without labels"
+    ]
+
+
+@pytest.mark.parametrize("data", [b"[]", b"{", b'{"id": "a"}', b'{"classes": [1]}'])
+def test_a_json_that_may_be_ours_is_not_left_out(tmp_path, samples, data):
+    tar = write_tar(tmp_path / "x.tar", [("a.png", samples["a"]["png"]), ("a.json", data)])
+    with pytest.raises(ShardError, match=r"x.tar: a: .*json"):
+        build_shards(scan(tar), read, tmp_path / "set", NAMES)
+
+
+@pytest.mark.parametrize(
+    "cls, text, classes",
+    [
+        ("foreground0", b"0", [1]),
+        ("foreground0", b"1\n", [2]),
+        ("foreground0", b"1, 0", [1, 2]),
+        ("class", b"1", [1]),
+        ("class", b"2 1 2", [1, 2]),
+        ("class", b"", []),
+    ],
+)
+def test_labels_are_read_from_class_numbers(tmp_path, numbered, names, cls, text, classes):
+    index = reshard(numbered(text), tmp_path / "set", 8, 1, names, cls=cls)
+    assert json.loads(read_entry(index, index.entries[0])["json"])["classes"] == classes
+
+
+@pytest.mark.parametrize(
+    "cls, text, said",
+    [
+        (None, b"1", "a.cls: '1' may count with or without the background; say it by --cls foreground0 .* or class"),
+        ("foreground0", b"2", r"a.cls: '2' is not made of class numbers 0..1 \(--cls foreground0\)"),
+        ("class", b"0", r"a.cls: '0' is not made of class numbers 1..2 \(--cls class\)"),
+        ("class", b"3", "a.cls: '3' is not made of class numbers 1..2"),
+        ("class", b"cat", "a.cls: 'cat' is not made of class numbers"),
+        ("class", b"-1", "a.cls: '-1' is not made of class numbers"),
+        ("class", b"\xb2", "a.cls: .* is not made of class numbers"),
+    ],
+)
+def test_other_and_ambiguous_class_numbers_are_refused(tmp_path, numbered, names, cls, text, said):
+    with pytest.raises(ShardError, match=f"x.tar: {said}"):
+        reshard(numbered(text), tmp_path / "set", 8, 1, names, cls=cls)
+    assert {path.name for path in tmp_path.iterdir()} == {"tars", "names.txt"}
+
+
+@pytest.mark.parametrize("data, said", [(b"", "is empty"), (b"GIF89a", "not a JPEG, PNG or WebP image")])
+def test_what_is_no_image_is_named(tmp_path, data, said):
+    tar = write_tar(tmp_path / "x.tar", [("a.jpg", data)])
+    with pytest.raises(ShardError, match=rf"x.tar: a.jpg: {said}$"):
+        build_shards(scan(tar), read, tmp_path / "set", NAMES)
+
+
+def test_a_meaning_of_class_numbers_where_there_are_none_is_refused(tmp_path, img2dataset, names):
+    with pytest.raises(UserError, match=r"--cls class: no sample in .* has a KEY.cls; leave --cls out"):
+        reshard(str(img2dataset), tmp_path / "set", 8, 1, names, cls="class")
+    index = reshard(str(img2dataset), tmp_path / "set", 8, 1, names)
+    with pytest.raises(UserError, match=r"--cls class: .* has an index.json, .*; leave --cls out"):
+        reshard(str(index.root), tmp_path / "again", 8, 1, cls="class")
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz"])
+def test_gzipped_tars_are_read_and_nothing_is_left_of_their_copies(tmp_path, samples, img2dataset, names, name):
+    plain = write_tar(tmp_path / "plain.tar", members({key: samples[key] for key in ("a", LONG)})).read_bytes()
+    (img2dataset / "00000.tar").unlink()
+    (img2dataset / name).write_bytes(gzip.compress(plain))
+    write_tar(img2dataset / "y.tar", members({"b": samples["b"]}))
+    index = reshard(str(img2dataset), tmp_path / "out/set", 8, 1, names)
+    assert {entry.key: read_entry(index, entry) for entry in index.entries} == samples
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["set"]
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path, samples):
+    data = gzip.compress(write_tar(tmp_path / "plain.tar", members(samples)).read_bytes())
+    tar = tmp_path / "x.tar.gz"
+    for wrong in (data[:-100], data[:50], b"not gzip", data[:60] + bytes(byte ^ 255 for byte in data[60:70]) + data[70:]):
+        tar.write_bytes(wrong)
+        with pytest.raises(ShardError, match=r"x.tar.gz: not a complete gzip file"), unpacked([tar], tmp_path / "out"):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} == {"plain.tar", "x.tar.gz"}
 
 
 # ------------------------------------------------------------------------------------------------------- named errors
@@ -182,21 +339,20 @@ def test_a_member_that_is_there_twice_is_named(tmp_path, samples, again):
     "missing, message",
     [
         ("a.png", "needs one image and one json, has cam.npz, json"),
-        ("a.json", "needs one image and one json, has cam.npz, mask.png"),
+        ("a.json", r"CAM of class 1, which is not among the image's labels \[\]"),
     ],
 )
 def test_missing_parts_are_named_when_written(tmp_path, samples, missing, message):
     tar = write_tar(tmp_path / "x.tar", [member for member in members(samples) if member[0] != missing])
     with pytest.raises(ShardError, match=f"x.tar: a: {message}"):
-        build_shards(scan(tar), load_foreign, tmp_path / "set", NAMES)
+        build_shards(scan(tar), read, tmp_path / "set", NAMES)
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("name, message", [("a.cls", "unknown part 'cls'"), ("é.png", "a key is 1 to 80 printable")])
-def test_parts_and_keys_that_the_format_has_not_are_named_when_written(tmp_path, samples, name, message):
-    tar = write_tar(tmp_path / "x.tar", [*members(samples), (name, b"7")])
-    with pytest.raises(ShardError, match=f"x.tar: .*{message}"):
-        build_shards(scan(tar), load_foreign, tmp_path / "set", NAMES)
+def test_a_part_that_the_format_has_not_is_named_when_written(tmp_path, samples):
+    tar = write_tar(tmp_path / "x.tar", [*members(samples), ("a.cls", b"1")])
+    with pytest.raises(ShardError, match="x.tar: .*unknown part 'cls'"):
+        build_shards(scan(tar), read, tmp_path / "set", NAMES)
 
 
 def test_tars_joined_by_cat_are_refused(tmp_path, samples):
@@ -214,8 +370,8 @@ def test_no_tar_at_all(tmp_path):
     assert tar_files(tmp_path) == [tmp_path / "x.tar"]
     with pytest.raises(ShardError, match="x.tar: not a complete tar file"):
         scan(tmp_path / "x.tar")
-    (tmp_path / "y.tar.gz").touch()
-    with pytest.raises(ShardError, match="y.tar.gz: is compressed"):
+    (tmp_path / "y.tar.xz").touch()
+    with pytest.raises(ShardError, match="y.tar.xz: is compressed, but not by gzip"):
         tar_files(tmp_path)
 
 
@@ -259,6 +415,12 @@ def test_a_damaged_tar_is_an_error_or_still_samples(tmp_path_factory, samples, p
     tar.write_bytes(data)
     with suppress(ShardError):
         for sample in scan(tar):
-            parts = load_foreign(sample).parts
+            parts = read(sample).parts
             got = decode_sample(parts, Entry(tar.name, sample.key, 0, 1), len(NAMES))
             assert got.image.shape == (H, W, 3) and json.loads(parts["json"])["id"] == sample.key
+
+
+def test_a_key_that_our_tars_cannot_hold_is_kept_as_a_name(tmp_path, samples):
+    tar = write_tar(tmp_path / "x.tar", [("Fähre 50%.png", samples["a"]["png"])])
+    index = build_shards(scan(tar), read, tmp_path / "set", NAMES)
+    assert [(entry.key, entry.name) for entry in index.entries] == [("F%C3%A4hre 50%25", "Fähre 50%")]

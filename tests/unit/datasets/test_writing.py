@@ -88,6 +88,14 @@ def test_a_build_that_failed_goes_on_with_what_is_missing(tmp_path, whole):
     assert not (tmp_path / "set.partial").exists()
 
 
+def test_parts_that_an_earlier_version_wrote_have_no_findings(tmp_path, whole):
+    build(tmp_path / "set", Pictures()).run(numbers=range(1))
+    note = tmp_path / "set.partial/shard-00000.json"
+    note.write_text(json.dumps({name: value for name, value in json.loads(note.read_text()).items() if name != "findings"}))
+    build(tmp_path / "set", Pictures()).run()
+    assert contents(tmp_path / "set") == whole
+
+
 def test_an_image_that_changed_meanwhile_is_written_again(tmp_path):
     with pytest.raises(ShardError):
         build(tmp_path / "set", Pictures(broken={6})).run()

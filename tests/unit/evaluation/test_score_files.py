@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from weakclip import evaluate
 from weakclip.data.index import Index
 from weakclip.data.stream import StoredSamples
+from weakclip.evaluation import scoring
 from weakclip.evaluation.score_files import Scored
 from weakclip.masks import mask_folder
 from weakclip.masks.mask_folder import MaskSettings
@@ -75,7 +76,7 @@ def test_the_counts_of_any_parts_add_up_to_the_same_integers(images, cuts, rando
     """As ranks, shards or tasks may cut and order the images."""
     names, count = (
         ("background", "cat", "dog"),
-        lambda some: evaluate.count(some, lambda sample: sample.image[..., 0] % 3, 3),
+        lambda some: scoring.count(some, lambda sample: sample.image[..., 0] % 3, 3),
     )
     shuffled = random.sample(images, len(images))
     bounds = [0, *sorted(cuts), len(images)]
