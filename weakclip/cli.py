@@ -36,6 +36,7 @@ VERBS = {
     "predict": Verb("weakclip.predict:main", "segment single images with a trained network"),
     "evaluate": Verb("weakclip.evaluate:main", "score masks, seeds or CAMs"),
     "report": Verb("weakclip.report:main", "print the paper's tables beside a run's figures"),
+    "doctor": Verb("weakclip.doctor:main", "check libraries, GPUs, Slurm, and what a recipe needs"),
     "submit": Verb("weakclip.launch.submit:main", "send stages to Slurm, or to this machine"),
     "status": Verb("weakclip.launch.status:main", "show the state of a run's stages"),
     "sweep": Verb("weakclip.sweep:main", "list or run the tasks of a sweep"),

@@ -55,7 +55,8 @@ def test_a_login_node_need_not_load_torch():
     assert subprocess.run([sys.executable, "-c", line], env=ENVIRONMENT).returncode == 0
 
 
-HEAVY = ("torch", "torchvision", "deepspeed", "open_clip", "timm", "transformers", "webdataset", "tensorboard", "matplotlib")
+HEAVY = ("torch", "torchvision", "deepspeed", "open_clip", "timm", "transformers", "webdataset", "tensorboard")
+HEAVY += ("matplotlib", "pycocotools")
 
 ON_A_RECIPE = [
     ["--config", "nowhere.yaml"],
@@ -75,6 +76,7 @@ MISTAKES = {
     "submit": [["--stage", "train", *mistake] for mistake in ON_A_RECIPE],
     "status": [NOWHERE],
     "sweep": [NOWHERE],
+    "doctor": [["--config", "nowhere.yaml"], ["train.batch=1"]],
     "convert": [[*NOWHERE, "out.txt"]],
     "fidelity": [NOWHERE],
     "retrain": [*ON_A_RECIPE, ["--config", "configs/demo.yaml"]],  # names no network

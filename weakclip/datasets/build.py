@@ -15,13 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weakclip.config import CAM_KEYS, EXIF, STORED, UPRIGHT, BuildConfig, Config, ConfigError
+from weakclip.config import CAM_KEYS, EXIF, STORED, BuildConfig, Config, ConfigError
 from weakclip.data.index import ShardError, select_numbers
 from weakclip.datasets import writing
-from weakclip.datasets.coco import own_classes
 from weakclip.datasets.items import Item, labelled, version, with_cams
 from weakclip.datasets.loading import load_item
-from weakclip.datasets.upright import turned_upright
 from weakclip.datasets.writing import Build
 from weakclip.labels import COCO, VOC, class_map, class_names
 from weakclip.registry import DATA_SETS, load
@@ -63,7 +61,9 @@ def plan(build: BuildConfig, out: Path, classes: str) -> Build[Item]:
 
 def ready(planned: Build[Item], build: BuildConfig) -> Build[Item]:
     """Return a planned set with its images turned upright if `build` says so, for which each of them is opened."""
-    return replace(planned, items=turned_upright(planned.items)) if build.exif == UPRIGHT else planned
+    if build.exif == STORED:
+        return planned
+    return replace(planned, items=load("weakclip.datasets.upright:turned_upright")(planned.items))
 
 
 def plan_of(config: Config) -> Build[Item]:
@@ -156,7 +156,8 @@ def _add_option(parser: argparse.ArgumentParser, name: str, help_text: str, requ
 
 def write_classes(annotations: Path, out: Path) -> Path:
     """Write a COCO file's annotated categories to OUT.names.txt and return its path. Raises ShardError if that holds others."""
-    path, text = out.with_name(f"{out.name}.names.txt"), "\n".join(own_classes(annotations)) + "\n"
+    names = load("weakclip.datasets.coco:own_classes")(annotations)
+    path, text = out.with_name(f"{out.name}.names.txt"), "\n".join(names) + "\n"
     if path.exists() and path.read_text() != text:
         raise ShardError(f"{path}: lists other classes than {annotations}; remove it, or give it as --classes")
     path.parent.mkdir(parents=True, exist_ok=True)
