@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from weakclip import recipe
-from weakclip.config import UPRIGHT
+from weakclip.config import STORED, UPRIGHT, Config
 from weakclip.data.orientation import orientation_of, turn
-from weakclip.data.sample import IMAGES, DecodedSample, to_rgb
+from weakclip.data.sample import IMAGES, DecodedSample, UnreadableImageError, to_rgb
+from weakclip.datasets.writing import read_provenance
 from weakclip.labels import index_of
 from weakclip.masks.fallback import likely_classes
 from weakclip.masks.finishing import mask_of
@@ -86,8 +87,9 @@ class Segmenter:
                 try:
                     with Image.open(stream, formats=[*IMAGES.values()]) as opened:
                         return self._pixels(opened)
-                except OSError as error:
-                    raise UserError(f"{image}: not a JPEG, PNG or WebP image, or damaged ({type(error).__name__})") from None
+                except Exception as error:  # a decoder of damaged bytes may raise anything
+                    what = f"not a JPEG, PNG or WebP image, or damaged ({type(error).__name__})"
+                    raise UnreadableImageError(f"{image}: {what}") from None
         if isinstance(image, Image.Image):
             orientation = orientation_of(image) if self.upright else 1
             return turn(to_rgb(image), orientation)
@@ -100,13 +102,22 @@ def load(run: str | Path, weights: str = "best", exif: str | None = None) -> Seg
     """Return the network that a run trained, on the GPU if there is one.
 
     run: a run directory, such as runs/voc for its WeakCLIP or runs/voc/retrain/segformer for the network trained on its masks.
-    weights: best, last or a file. exif: stored or upright, as for `weakclip build`; None: the recipe's `data.build.exif`.
+    weights: best, last or a file. exif: stored or upright, as for `weakclip build`; None: as the training set was built.
     Raises UserError when there is no such run, or no weights that fit it.
     """
     place = RunDir.existing(run)
     config = recipe.load_saved(place)
-    job = jobs.retrain(config) if place.is_retrained else jobs.refine(config)
+    job = jobs.retrain(config) if place.is_retrained(config.retrain.network) else jobs.refine(config)
     model = task_of(job).load(place.find_weights(weights))
     model.cast_frozen()
     settings = MaskSettings(job.inference, job.data.scale, config.seeds, workers=0)
-    return Segmenter(model.predictor(), settings, job.names, (exif or config.data.build.exif) == UPRIGHT)
+    return Segmenter(model.predictor(), settings, job.names, (exif or _built(config)) == UPRIGHT)
+
+
+def _built(config: Config) -> str:
+    """Return how the photos of the training set were used: by the recipe that built it, or by its build.json, if that is here."""
+    if config.data.build.source is not None:
+        return config.data.build.exif
+    places = [Path(place) for place in (config.data.labelled, config.data.train) if place]
+    notes = [note for place in places if (note := read_provenance(place)) is not None]
+    return next((note["exif"] for note in notes if "exif" in note), STORED)

@@ -14,11 +14,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain as chain_of
 from pathlib import Path
 from typing import NamedTuple
 
-from weakclip import recipe, registry
+from weakclip import cli, registry
+from weakclip.checkpoints.clip_files import is_name
 from weakclip.config import Config
 from weakclip.data import shared_memory
 from weakclip.data.index import open_index
@@ -26,19 +29,22 @@ from weakclip.labels import class_names
 from weakclip.runtime import lock
 from weakclip.runtime.command_line import Parser, run
 from weakclip.runtime.errors import is_user_error, one_line
+from weakclip.stages import chain
+from weakclip.training import deepspeed_file
+from weakclip.training.jobs import JOBS, Job, check_crop
 
 LIBRARIES = {
     "torch": "torch",
     "torchvision": "torchvision",
     "deepspeed": "deepspeed",
-    "open_clip_torch": "open_clip",
+    "open_clip_torch": "weakclip.models.architectures:open_clip",
     "webdataset": "webdataset",
     "pydensecrf2": "pydensecrf.densecrf",
     "pycocotools": "pycocotools.mask",
     "submitit": "submitit",
     "tensorboard": "tensorboard",
 }
-"""Distributions that the package stands on, and the module of each that is imported."""
+"""Distributions that the package stands on, and the import path of something in each, as in weakclip.registry."""
 
 GIB = 2**30
 
@@ -96,9 +102,9 @@ def _gpus() -> Iterator[Check]:
 
 
 def _slurm() -> Check:
-    if shutil.which("sbatch") is None:
+    if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
         return Check("Slurm", "note", "none on this machine: weakclip submit runs the stages here, one after the other")
-    asked = subprocess.run(["sinfo", "--noheader", "--format=%P %a %l"], capture_output=True, text=True)
+    asked = subprocess.run(["timeout", "20", "sinfo", "--noheader", "--format=%P %a %l"], capture_output=True, text=True)
     if asked.returncode:
         said = asked.stderr.strip().partition("\n")[0]
         return Check("Slurm", "note", f"it does not answer ({said}): weakclip submit runs the stages here, one after the other")
@@ -121,7 +127,11 @@ def of_recipe(config: Config) -> Iterator[Check]:
     """Check the class list, the weights, the shard sets, the disk and the lock of a recipe."""
     names = class_names(config.classes)
     yield Check("classes", "ok", f"{len(names) - 1} and background")
-    yield _attempt("clip.pretrained", lambda: _load_clip(config))
+    stages = [stage.name for stage in chain(config)]
+    if "train" in stages or ("cam" in stages and config.cam.source == "clip"):
+        yield _clip(config)
+    for name in [stage for stage in stages if stage in JOBS]:
+        yield _attempt(f"stage {name}", partial(_check_job, JOBS[name], config))
     data = config.data
     made = {data.train: "the stage cam makes it"} if data.labelled else {}
     if data.build.source is not None:
@@ -135,10 +145,24 @@ def of_recipe(config: Config) -> Iterator[Check]:
     yield _attempt("run", lambda: _free(config))
 
 
+def _clip(config: Config) -> Check:
+    key, pretrained = "clip.pretrained", config.clip.pretrained
+    if is_name(pretrained):  # finding out more would download it
+        return Check(key, "note", f"{pretrained}: open_clip downloads it, unless it is in the cache, when it is first used")
+    return _attempt(key, lambda: _load_clip(config))
+
+
 def _load_clip(config: Config) -> str:
-    clip = registry.load("weakclip.models.pretrained:load_clip")(config.clip)
-    width, patch = clip.visual.conv1.weight.shape[0], clip.visual.conv1.weight.shape[-1]
-    return f"{config.clip.pretrained}: a ViT of width {width} with patch {patch}"
+    clip = registry.load("weakclip.models.clip:FrozenClip")(config.clip, prompts=config.prompts.length)
+    clip.normalisation("clip.normalisation", config.clip.normalisation)
+    return f"{config.clip.pretrained}: a ViT of width {clip.vision.width} with patch {clip.vision.patch}"
+
+
+def _check_job(job_of: Callable[[Config], Job], config: Config) -> str:
+    job = job_of(config)
+    check_crop(job)
+    deepspeed_file.read(job.train, job.prefix)
+    return f"{job.train.steps} steps of {job.train.batch} images a rank, {job.train.deepspeed}"
 
 
 def _shards(key: str, path: str, config: Config, names: Sequence[str], made: str | None) -> Check:
@@ -161,9 +185,11 @@ def _free(config: Config) -> str:
 
 
 def _attempt(name: str, find: Callable[[], str]) -> Check:
-    """Return what `find` finds, or its user error."""
+    """Return what `find` finds, or its user error, or which library it lacks."""
     try:
         return Check(name, "ok", find())
+    except ImportError as error:
+        return Check(name, "wrong", f"cannot be checked ({error})")
     except Exception as error:
         if not is_user_error(error):
             raise
@@ -178,13 +204,15 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_intermixed_args(list(arguments))
     if options.overrides and not options.config:
         parser.error(f"{options.overrides[0]} changes a recipe; give one with --config")
-    config = recipe.load(options.config, options.overrides) if options.config else None
-    checks = [*machine(), *(of_recipe(config) if config else ())]
+    given = [part for file in options.config or () for part in ("--config", file)]
+    config = cli.parse_config(Parser(), [*given, *options.overrides])[0] if given else None
+    checks: list[Check] = []
+    for check in chain_of(machine(), of_recipe(config) if config else ()):
+        checks.append(check)
+        if not options.json:
+            print(f"{check.state:<5}  {check.name:<16}  {check.text}", flush=True)
     if options.json:
         print(json.dumps([check._asdict() for check in checks], indent=1))
-    else:
-        width = max(len(check.name) for check in checks)
-        print("\n".join(f"{check.state:<5}  {check.name:<{width}}  {check.text}" for check in checks))
     if wrong := [check for check in checks if check.state == "wrong"]:
         sys.exit(f"{len(wrong)} of {len(checks)} checks are wrong")
 

@@ -16,8 +16,6 @@ def main(arguments: Sequence[str]) -> None:
     parser = cli.Parser(prog="weakclip fidelity", description="Compare with the released code's numbers.")
     parser.add_argument("folder", metavar="DIR", type=input_folder, help="golden directory that a run of the released code wrote")
     folder = parser.parse_args(arguments).folder
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such directory; a run of the released code writes it")
     fidelity = registry.load("weakclip.evaluation.fidelity")
     rows = list(fidelity.compare(folder))
     print(fidelity.table(rows))

@@ -54,6 +54,9 @@ COCO_ID_TO_CLASS = {raw: index for index, (raw, _) in enumerate(_COCO_THINGS, st
 # The synthetic world of weakclip.demo.
 DEMO = ("background", "cat", "dog", "cow", "bird", "fish", "car", "boat", "bus")
 
+DEMO_WORDS = (*DEMO[1:], "ball", "box", "bush", "rock", "grass", "water", "brick", "sand", "sky", "road")
+"""Everything there is in that world. The small CLIP that ships with the package knows no other nouns."""
+
 CLASS_SETS = {"voc": VOC, "coco": COCO, "demo": DEMO}
 
 # VOC's and COCO's names of the same classes; all other classes that both have share one name.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from weakclip import registry
 from weakclip.config import EXIF, ConfigError
+from weakclip.data.sample import UnreadableImageError
 from weakclip.datasets.files import find_images, name_of
 from weakclip.evaluation import visualize
 from weakclip.masks import mask_folder
@@ -50,17 +52,16 @@ def images(paths: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def write(predictions: Iterable[tuple[str, Prediction]], out: Path) -> Iterator[visualize.Row]:
-    """Write masks/NAME.png and overlays/NAME.jpg into `out`, and yield the rows of a sheet."""
-    for name, found in predictions:
-        overlay = out / "overlays" / f"{name}.jpg"
-        overlay.parent.mkdir(parents=True, exist_ok=True)
-        mask_folder.save(found.mask_HW, mask_folder.mask_path(out / "masks", name))
-        drawn_HW3 = visualize.overlay(found.image_HW3, found.mask_HW)
-        Image.fromarray(drawn_HW3).save(overlay, quality=90)
-        _log.debug("%s: %s", name, ", ".join(found.found) or "only background")
-        shown = [found.classes.index(one) for one in found.found]
-        yield visualize.Row(name, shown, [found.image_HW3, drawn_HW3, visualize.colour_mask(found.mask_HW)])
+def write(name: str, found: Prediction, out: Path) -> visualize.Row:
+    """Write masks/NAME.png and overlays/NAME.jpg into `out`, and return the row of a sheet, whose images are small."""
+    overlay = out / "overlays" / f"{name}.jpg"
+    overlay.parent.mkdir(parents=True, exist_ok=True)
+    mask_folder.save(found.mask_HW, mask_folder.mask_path(out / "masks", name))
+    drawn_HW3 = visualize.overlay(found.image_HW3, found.mask_HW)
+    Image.fromarray(drawn_HW3).save(overlay, quality=90)
+    shown = [found.classes.index(one) for one in found.found]
+    pictures = (found.image_HW3, drawn_HW3, visualize.colour_mask(found.mask_HW))
+    return visualize.Row(name, shown, [visualize.thumbnail(picture_HW3) for picture_HW3 in pictures])
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -77,10 +78,19 @@ def main(arguments: Sequence[str]) -> None:
     place.find_weights(options.weights)  # raises UserError before anything takes seconds
     found, out = images(options.images), options.out or place.root / "predictions"
     network = registry.load("weakclip.api:load")(place.root, options.weights, options.exif)
-    bar = tqdm(found.items(), "predict", unit=" images", disable=None)
-    rows = [*write(((name, network.predict(path, labels)) for name, path in bar), out)][:SHEET]
+    rows, bad = list[visualize.Row](), 0
+    for name, path in tqdm(found.items(), "predict", unit=" images", disable=None):
+        try:
+            row = write(name, network.predict(path, labels), out)
+        except UnreadableImageError as error:
+            bad += 1
+            _log.error("%s", error)
+            continue
+        rows += [row] if len(rows) < SHEET else []
     visualize.sheet(rows, network.classes, ("image", "overlay", "mask")).save(out / "sheet.png")
-    print(f"{out}: masks and overlays of {len(found)} images; look at {out / 'sheet.png'}")
+    print(f"{out}: masks and overlays of {len(found) - bad} images; look at {out / 'sheet.png'}")
+    if bad:
+        sys.exit(f"error: {bad} of {len(found)} images cannot be read")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_a_build_that_failed_goes_on_when_the_picture_is_mended(split, shards, t
     good = broken.read_bytes()
     broken.write_bytes(b"no picture")
     options = ("--masks", "--processes", 1)
-    assert_one_line_error(build({**split, "images": images}, tmp_path / "set", *options), str(broken), "not a JPEG or PNG")
+    assert_one_line_error(build({**split, "images": images}, tmp_path / "set", *options), str(broken), "not a JPEG, PNG or WebP")
     first = tmp_path / "set.partial" / "shard-00000.tar"
     written = first.stat().st_mtime_ns
     broken.write_bytes(good)

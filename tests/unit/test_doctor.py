@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,12 @@ from weakclip.runtime import lock
 def recipe_checks(tiny_config):
     """A function: overrides -> the checks of the tiny recipe by name."""
     return lambda *overrides: {check.name: check for check in doctor.of_recipe(tiny_config(*overrides))}
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch):
+    """Disks have room, wherever the tests run."""
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(total=2 * doctor.GIB, free=20 * doctor.GIB))
 
 
 @pytest.fixture

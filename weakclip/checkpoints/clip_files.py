@@ -37,7 +37,7 @@ def place(pretrained: str) -> Path:
 
 def words_unknown_to_the_demo(config: ClipConfig, names: Sequence[str]) -> str | None:
     """Return what is wrong if `config` is the CLIP that ships and it has never seen a word of `names`, class names; else None."""
-    unknown = [name for name in names if name not in labels.DEMO]
+    unknown = [name for name in names if name not in (labels.DEMO[0], *labels.DEMO_WORDS)]
     if config.pretrained != "demo" or not unknown:
         return None
     return (

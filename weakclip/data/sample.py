@@ -21,9 +21,15 @@ from weakclip.data.index import KEY, REPAIR, Entry, ShardError, is_count, json_f
 from weakclip.data.names import key_of, names_a_file
 from weakclip.data.orientation import turn, turned_size
 from weakclip.labels import IGNORE
+from weakclip.runtime.errors import UserError
 
 IMAGES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 """Extension of a sample's image -> its format, as Pillow calls it."""
+
+
+class UnreadableImageError(UserError):
+    """A single image, not one of a shard set, is damaged or of another format. One line: the file, and what is wrong."""
+
 
 _PARTS = {*IMAGES, "json", "cam.npz", "seed.png", "mask.png"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +91,8 @@ class StreamSettings:
     def require_shared_memory(self) -> None:
         """Raise UserError where shared memory cannot hold what the loader processes of a node's ranks make ahead."""
         batch = self.batch * self.augment.crop**2 * 4  # images and seeds
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE") or "1"
+        ranks = int(re.match(r"\d+", here)[0])  # type: ignore[index]  # Slurm's is such as 8(x2)
         shared_memory.require(ranks * self.data.workers * PREFETCHED * batch)
 
     @classmethod

@@ -58,11 +58,11 @@ def unpacked(tars: Sequence[Path], beside: Path) -> Iterator[list[Path]]:
         return
     beside.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{beside.name}.unpacked-", dir=beside.parent) as folder:
-        yield [_unpacked(tar, Path(folder)) if tar.name.endswith(GZIPPED) else tar for tar in tars]
+        numbered = enumerate(tars)
+        yield [_unpacked(tar, Path(folder, f"{n}-{tar.name}")) if tar.name.endswith(GZIPPED) else tar for n, tar in numbered]
 
 
-def _unpacked(tar: Path, folder: Path) -> Path:
-    plain = folder / f"{tar.name.removesuffix('.gz').removesuffix('.tgz').removesuffix('.tar')}.tar"
+def _unpacked(tar: Path, plain: Path) -> Path:
     try:
         with gzip.open(tar) as packed, open(plain, "xb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)
@@ -75,8 +75,8 @@ def scan(tar: Path) -> list[ForeignSample]:
     """List the samples of one tar file in the order of their first members, from its headers alone.
 
     A member is called KEY.PART; directories before the name are ignored. Captions (KEY.txt) and another tool's KEY.json, the only
-    data that is read, are left out. Raises ShardError naming tar and member for a member
-    with another kind of name, one that is not a regular file, two members of one name, and a truncated or damaged tar.
+    data that is read, are left out. Raises ShardError naming tar and member for a member with another kind of name, one that is
+    not a regular file, two members of one name, and a truncated or damaged tar.
     """
     found: dict[str, dict[str, tuple[int, int]]] = {}
     end = 0

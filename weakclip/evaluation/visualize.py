@@ -38,6 +38,11 @@ def heat(image_HW3: np.ndarray, maps_nHW: np.ndarray) -> np.ndarray:
     return image_HW3 // 2 + heat_HW3 // 2
 
 
+def thumbnail(image_HW3: np.ndarray) -> np.ndarray:
+    """Return an image resized to fit into a tile of a sheet, uint8 h x w x 3."""
+    return np.asarray(ImageOps.contain(Image.fromarray(image_HW3), (TILE_W - 4, TILE_H - 4), Image.Resampling.BILINEAR))
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a sheet: images (uint8 H x W x 3) under a caption with the classes beside their colours."""
@@ -57,8 +62,7 @@ def sheet(rows: Sequence[Row], names: Sequence[str], columns: Sequence[str] = ()
     for row in rows:
         _caption(draw, font, row, names, top)
         for column, picture in enumerate(row.pictures):
-            tile = ImageOps.contain(Image.fromarray(picture), (TILE_W - 4, TILE_H - 4), Image.Resampling.BILINEAR)
-            page.paste(tile, (column * TILE_W + 2, top + CAPTION_H))
+            page.paste(Image.fromarray(thumbnail(picture)), (column * TILE_W + 2, top + CAPTION_H))
         top += row_h
     return page
 

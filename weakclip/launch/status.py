@@ -67,7 +67,8 @@ def _trainings(run: RunDir) -> dict[str, RunDir]:
 
 def _direct(stage: str, run: RunDir) -> tuple[str, str, str, str, str]:
     """Return the row of a training that no job runs: the process, its state, progress, time left, and its newest metrics."""
-    steps = JOBS[stage](recipe.load_saved(run)).train.steps
+    saved = recipe.load_saved(run)
+    steps = (getattr(saved, stage) if stage in ("classify", "retrain") else saved).train.steps
     lines, process = _newest_lines(run), lock.holder(run)
     progress = Progress(int(lines[-1]["step"]) if lines else 0, steps, "steps")
     state = "RUNNING" if process else "COMPLETED" if progress.complete else "STOPPED"
@@ -140,7 +141,7 @@ _TIMES: dict[str, Callable[[Config], list[tuple[float, float]]]] = {
     "shards": lambda config: _times_of_files(writing.partial_folder(Path(config.data.built)).glob("shard-*.json")),
     "cam": lambda config: _times_of_files(writing.partial_folder(Path(config.data.train)).glob("shard-*.json")),
     **{name: partial(_newest_steps, name) for name in JOBS},
-    "pseudo": lambda config: _times_of_files(config.run_dir.pseudo.glob("*.png")),
+    "pseudo": lambda config: _times_of_files(config.run_dir.pseudo.rglob("*.png")),
 }
 """Functions that return (time, amount done) of a stage, oldest first."""
 

@@ -18,6 +18,7 @@ from weakclip.data.photometric import NORMALISATIONS, Normalisation
 from weakclip.models.architectures import open_clip
 from weakclip.models.positions import resize_positions
 from weakclip.models.pretrained import load_clip
+from weakclip.models.sources import contradicted
 from weakclip.runtime.compilation import region
 
 
@@ -104,11 +105,15 @@ class TextTower(nn.Module):
 
 
 class FrozenClip(nn.Module):
-    """Both towers of a CLIP. No parameter needs a gradient."""
+    """Both towers of a CLIP. No parameter needs a gradient.
 
-    def __init__(self, config: ClipConfig, prompts: int) -> None:
+    strict: whether a source that contradicts the recipe is an error; for a network that was trained with it, it is a warning.
+    """
+
+    def __init__(self, config: ClipConfig, prompts: int, strict: bool = True) -> None:
         super().__init__()
-        clip = load_clip(config)
+        self.strict = strict
+        clip = load_clip(config, strict)
         patch = int(clip.visual.conv1.kernel_size[0])
         if config.image_size % patch:
             raise ConfigError(f"clip.image_size is {config.image_size}; it must be a multiple of the patch, {patch}")
@@ -129,8 +134,8 @@ class FrozenClip(nn.Module):
     def normalisation(self, key: str, choice: str) -> Normalisation:
         """Return the mean and std that `choice` (imagenet, clip, source), the recipe's value of `key`, means for this CLIP.
 
-        Raises ConfigError when that is not what the CLIP was trained with, as far as its source states it. ImageNet's for a CLIP
-        trained with CLIP's own are no error, because the published recipe does that with OpenAI's weights.
+        Raises ConfigError, or warns if not strict, when the CLIP was not trained with that, as far as its source states it.
+        ImageNet's for a CLIP trained with CLIP's own are no error, because the published recipe does that with OpenAI's weights.
         """
         stated = self.trained_with
         if (chosen := NORMALISATIONS.get(choice, stated)) is None:
@@ -139,9 +144,9 @@ class FrozenClip(nn.Module):
         if stated is None or stated == chosen or as_published:
             return chosen
         mean, std = (", ".join(f"{value / 255:.4g}" for value in values) for values in stated)
-        raise ConfigError(
-            f"{key} is {choice}, but clip.pretrained was trained with mean {mean} and std {std}; set {key} to source"
-        )
+        problem = f"{key} is {choice}, but clip.pretrained was trained with mean {mean} and std {std}; set {key} to source"
+        contradicted(problem, self.strict)
+        return chosen
 
 
 def tokenize(names: Sequence[str], length: int | None = None) -> Tensor:

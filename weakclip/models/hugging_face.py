@@ -85,8 +85,16 @@ _VISION = {
 def architecture(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return open_clip's model_cfg of a CLIPModel's config.json.
 
-    source: what states `config`. Raises ConfigError, which begins with it, for another model or activation.
+    source: what states `config`. Raises ConfigError, which begins with it, for another model or activation, and for values of
+    other types.
     """
+    try:
+        return _architecture(config, source)
+    except (TypeError, ZeroDivisionError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{source}: not the settings of a CLIPModel ({type(error).__name__}: {error})") from None
+
+
+def _architecture(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     if config.get("model_type") != "clip" or not {"text_config", "vision_config"} <= config.keys():
         raise ConfigError(f"{source} is of a {config.get('model_type')!r} model; only a CLIPModel (clip) is supported")
     text, vision = (

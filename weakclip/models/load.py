@@ -34,7 +34,7 @@ def load_weakclip(config: Config, path: Path) -> WeakCLIP:
     if any(name.startswith("clip.") for name in tensors):
         config = _with_its_own_clip(config, path, weight_files.json_of(archive, EXTRA_NAMES, path) or [])
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("clip.")}
-    model = WeakCLIP(config, names)
+    model = WeakCLIP(config, names, strict=False)
     for name, what, keys in (
         ("decoder.head.classify.weight", "classes (K)", "classes"),
         ("adapter.level3.weight", "channels of the vision tower", "clip.model and clip.pretrained"),

@@ -18,31 +18,31 @@ from weakclip.models import architectures, sources
 _log = logging.getLogger(__name__)
 
 
-def load_clip(config: ClipConfig) -> Any:
+def load_clip(config: ClipConfig, strict: bool = True) -> Any:
     """Return the open_clip.CLIP that `config.model` and `config.pretrained` name.
 
     Its `architecture` is open_clip's model_cfg; its `normalisation` is the one that it was trained with, None where its source
     does not state it. With `double_class_embedding` its class embedding is twice CLIP's, so that a plain ViT gives the published
     features. (The released code adds the embedding once more. Doubling it is exact and can be undone; the alternative, adding it
     to the class token's position embedding, rounds.)
-    Raises ConfigError when a source is missing or unreadable, does not fit the architecture, contradicts the recipe, or is not a
-    plain ViT CLIP.
+    Raises ConfigError when a source is missing or unreadable, does not fit the architecture, is not a plain ViT CLIP, or, if
+    `strict`, contradicts the recipe.
     """
     if config.pretrained == "none":
         model, doubled = architectures.build(architectures.named(config.model), "clip.model"), False
         model.normalisation = None
     else:
-        model, doubled = _load(config)
+        model, doubled = _load(config, strict)
     model.visual.class_embedding.data *= (2 if config.double_class_embedding else 1) / (2 if doubled else 1)
     return model
 
 
-def _load(config: ClipConfig) -> tuple[Any, bool]:
+def _load(config: ClipConfig, strict: bool) -> tuple[Any, bool]:
     """Return the CLIP with its weights, and whether its class embedding is already doubled."""
     path, kind, state, stated, doubled = sources.read(config)
     where = f"clip.pretrained: {path}"
     architecture = architectures.as_large_as(state, stated.architecture or architectures.named(config.model))
-    sources.check_activation(stated, architecture, where, config.model)
+    sources.check_activation(stated, architecture, where, config.model, strict)
     model = architectures.build(architecture, "clip.model" if config.model else f"clip.pretrained: {stated.settings}")
     state = unpack_tokens(state, model.token_embedding.num_embeddings)
     state = {"logit_scale": model.logit_scale, **state}  # not used here, and missing in released WeakCLIPs

@@ -7,6 +7,7 @@ config, a tag of open_clip, or a model on the Hugging Face Hub. open_clip downlo
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from weakclip.data.photometric import NORMALISATIONS, Normalisation
 from weakclip.models import architectures, hub, hugging_face, timm_vit
 from weakclip.models.architectures import open_clip
 from weakclip.models.hub import HUGGING_FACE, PREPROCESSOR
+
+_log = logging.getLogger(__name__)
 
 # Metadata of a converted file (weakclip.convert): open_clip's model_cfg as JSON, "doubled" if the class embedding is doubled,
 # "quick_gelu" or "gelu" where the architecture is not stated, and open_clip's preprocess_cfg as JSON.
@@ -245,8 +248,15 @@ def _named(config: ClipConfig) -> tuple[Path, Stated]:
 # ----------------------------------------------------------------------------------------------------------- agreement
 
 
-def check_activation(stated: Stated, architecture: Mapping[str, Any], where: str, model: str | None) -> None:
-    """Raise ConfigError when the architecture computes another activation than the weights were trained with.
+def contradicted(message: str, strict: bool) -> None:
+    """Raise ConfigError for a source that contradicts the recipe, or only warn where a network was trained that way already."""
+    if strict:
+        raise ConfigError(message)
+    _log.warning("%s; it was trained so, and stays so", message)
+
+
+def check_activation(stated: Stated, architecture: Mapping[str, Any], where: str, model: str | None, strict: bool = True) -> None:
+    """Raise ConfigError, or warn if not `strict`, when the architecture computes another activation than the weights' own.
 
     model: the name in `clip.model`; None where the source states the architecture itself.
     """
@@ -260,4 +270,4 @@ def check_activation(stated: Stated, architecture: Mapping[str, Any], where: str
         cure = f"set clip.model to {name}"
     else:
         cure = f"open_clip has no {model} with {trained}, so take other weights"
-    raise ConfigError(f"{where} was trained with {trained}, but {model or 'its model_cfg'} computes {other}; {cure}")
+    contradicted(f"{where} was trained with {trained}, but {model or 'its model_cfg'} computes {other}; {cure}", strict)

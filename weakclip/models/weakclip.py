@@ -36,11 +36,12 @@ class WeakCLIP(Trained):
     broadcasts, state dicts and so checkpoints) never sees it, and so can neither change, shard nor save it.
     """
 
-    def __init__(self, config: Config, class_names: Sequence[str]) -> None:
+    def __init__(self, config: Config, class_names: Sequence[str], strict: bool = True) -> None:
+        """strict: see FrozenClip."""
         super().__init__()
         fixed = config.prompts.words
         words_N = tokenize([fixed])[0, 1:-1] if fixed else torch.zeros(config.prompts.length, dtype=torch.int64)
-        clip = FrozenClip(config.clip, prompts=len(words_N))
+        clip = FrozenClip(config.clip, len(words_N), strict)
         self._frozen = (clip,)
         names = [*class_names, *config.matching.extra_names]
         self.names_KL = tokenize(names, config.clip.name_tokens)

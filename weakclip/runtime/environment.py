@@ -21,7 +21,7 @@ def run(command: str) -> None:
             raise
         print(
             f"error: {sys.executable} has no module {error.name!r}; activate the environment of the package first, such as with "
-            ". .venv/bin/activate",
+            ". .venv/bin/activate, or install what is missing in it",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -146,10 +146,10 @@ class RunDir:
         """Run directory of the classifier that makes CAMs."""
         return RunDir(self.root / "classify")
 
-    @property
-    def is_retrained(self) -> bool:
-        """Whether this is the directory of a network that is trained on the pseudo masks of the run above it."""
-        return self.root.parent.name == _RETRAIN
+    def is_retrained(self, network: str | None) -> bool:
+        """Return whether this is where `network` of the run's recipe is trained on the pseudo masks of the run above it."""
+        root = self.root.resolve()
+        return network is not None and root.parent.name == _RETRAIN and root.name.removesuffix(ON_SEEDS) == network
 
     def retrained(self, network: str, on_seeds: bool = False) -> RunDir:
         """Return the run directory of a network that is trained on the pseudo masks, or with `on_seeds` on the seeds."""

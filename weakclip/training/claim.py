@@ -28,6 +28,9 @@ MAY_CHANGE = (
     "data.retries",
     "data.timeout",
     "data.max_bad_samples",
+    # What is validated on, and what CAMs and the classifier are made from: a training sees neither, or its contents are compared.
+    "data.val",
+    "data.labelled",
     # What is logged, shown and saved.
     "train.log_every",
     "train.validate_every",
@@ -103,12 +106,12 @@ def require_same_batch(job: Job, ranks: int) -> None:
     from weakclip.checkpoints import weight_files  # imports torch, and login nodes import this module
 
     meta = weight_files.read(checkpoints[-1]).meta
-    consumed, step = int(meta["consumed"]), int(meta["step"])
-    if consumed != step * now.batch * now.accumulate * ranks:
+    earlier = int(meta.get("batch", int(meta["consumed"]) // int(meta["step"])))  # which earlier versions did not save
+    if earlier != now.batch * now.accumulate * ranks:
         product = f"{now.batch} x {now.accumulate} x {ranks}"
         raise ConfigError(
-            f"train.batch x train.accumulate x ranks is {product} images a step, but {job.run} took {consumed / step:.4g}; "
-            "change them so that the product stays, or start another run with run=NEW"
+            f"{job.batch_product} is {product} images a step, but the last steps of {job.run} took {earlier}; change them so "
+            "that the product stays, or start another run with run=NEW"
         )
 
 

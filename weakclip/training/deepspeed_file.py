@@ -23,8 +23,8 @@ IN_THE_RECIPE = {
 """DeepSpeed's keys that must not be in the file -> what the recipe calls them."""
 
 
-def read(train: TrainConfig) -> dict[str, Any]:
-    """Return the content of the file `train.deepspeed`.
+def read(train: TrainConfig, prefix: str = "") -> dict[str, Any]:
+    """Return the content of the file `train.deepspeed`. prefix: Job.prefix, for messages.
 
     Raises ConfigError when the file is missing, is not JSON, has a key twice, names no ZeRO stage, or sets a key that the recipe
     sets.
@@ -34,16 +34,17 @@ def read(train: TrainConfig) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except OSError as error:
         raise ConfigError(
-            f"train.deepspeed: {path} cannot be read ({error.strerror}); such files are in configs/deepspeed"
+            f"{prefix}train.deepspeed: {path} cannot be read ({error.strerror}); such files are in configs/deepspeed"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"train.deepspeed: {path} is not valid JSON: {error}") from None
+        raise ConfigError(f"{prefix}train.deepspeed: {path} is not valid JSON: {error}") from None
     zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
     if not isinstance(zero, dict) or "stage" not in zero:
         example = '{"zero_optimization": {"stage": 1}}'
-        raise ConfigError(f"train.deepspeed: {path} does not set zero_optimization.stage, as in {example}")
+        raise ConfigError(f"{prefix}train.deepspeed: {path} does not set zero_optimization.stage, as in {example}")
     if taken := next((key for key in IN_THE_RECIPE if key in settings), None):
-        raise ConfigError(f"train.deepspeed: {path}: {taken}: leave it out, and set {IN_THE_RECIPE[taken]} in the recipe")
+        own = IN_THE_RECIPE[taken] if IN_THE_RECIPE[taken] == "precision" else f"{prefix}{IN_THE_RECIPE[taken]}"
+        raise ConfigError(f"{prefix}train.deepspeed: {path}: {taken}: leave it out, and set {own} in the recipe")
     return settings
 
 

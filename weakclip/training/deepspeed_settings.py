@@ -29,8 +29,8 @@ NO_DEFAULT = {"steps_per_print": 1}
 """Values of the right type, for keys whose default None does not tell it."""
 
 
-def deepspeed_settings(train: TrainConfig, optim: OptimConfig) -> dict[str, Any]:
-    """Return DeepSpeed's settings: the file `train.deepspeed`, completed with those of the recipe.
+def deepspeed_settings(train: TrainConfig, optim: OptimConfig, prefix: str = "") -> dict[str, Any]:
+    """Return DeepSpeed's settings: the file `train.deepspeed`, completed with those of the recipe. prefix: Job.prefix.
 
     Raises ConfigError as `deepspeed_file.read` does, and for a key or value that DeepSpeed does not know, or that does not work
     in this training.
@@ -40,11 +40,11 @@ def deepspeed_settings(train: TrainConfig, optim: OptimConfig) -> dict[str, Any]
         "gradient_accumulation_steps": train.accumulate,
         "gradient_clipping": optim.clip_grad,
     }
-    found = deepspeed_file.read(train)
+    found = deepspeed_file.read(train, prefix)
     try:
         _check(found, FOR_TORCHS_OPTIMIZERS | found | ours)
     except _Refused as error:
-        raise ConfigError(f"train.deepspeed: {train.deepspeed}: {error}") from None
+        raise ConfigError(f"{prefix}train.deepspeed: {train.deepspeed}: {error}") from None
     return FOR_TORCHS_OPTIMIZERS | found | ours
 
 

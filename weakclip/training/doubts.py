@@ -6,14 +6,13 @@ from weakclip.checkpoints import clip_files
 from weakclip.training.jobs import Job
 
 
-def doubts(job: Job, samples: int, ranks: int, step: int = 0, consumed: int = 0) -> list[str]:
+def doubts(job: Job, samples: int, ranks: int, earlier: int | None = None) -> list[str]:
     """Return one line for each doubtful setting of a job.
 
-    samples: of all its training sets. step, consumed: steps done before this start, and the samples of all ranks in them.
+    samples: of all its training sets. earlier: samples of all ranks in the last step before this start, None at the first.
     """
-    ours, train = "" if job.name == "train" else f"{job.name}.", job.train
+    ours, train, product = job.prefix, job.train, job.batch_product
     batch = train.batch * train.accumulate * ranks
-    product = f"{ours}train.batch x {ours}train.accumulate x ranks"
     lines = []
     if job.name == "train" and job.recipe.decoder.score_map:
         unknown = clip_files.words_unknown_to_the_demo(job.recipe.clip, job.names)
@@ -27,9 +26,6 @@ def doubts(job: Job, samples: int, ranks: int, step: int = 0, consumed: int = 0)
         lines.append(
             f"a step takes {batch} images ({product}), but there are only {samples}, so it repeats images; lower the batch"
         )
-    if consumed != step * batch:
-        lines.append(
-            f"a step takes {batch} images ({product}), but took {consumed / step:.4g} up to step {step}; the result is that of "
-            "neither"
-        )
+    if earlier not in (None, batch):
+        lines.append(f"a step takes {batch} images ({product}), but took {earlier} before; the result is that of neither")
     return lines

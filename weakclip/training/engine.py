@@ -66,7 +66,9 @@ class Engine:
         """
         self.job, self.world = job, world
         self.step = self.consumed = 0
-        settings = deepspeed_settings(job.train, job.optim)
+        self.earlier_batch: int | None = None
+        """Samples of all ranks in the last step before this start."""
+        settings = deepspeed_settings(job.train, job.optim, job.prefix)
         compilation.switch(compiles(job.train.compile, settings["zero_optimization"]["stage"], world.device))
         moments = self._load(model, resume) if resume else None
         model = model.to(world.device)
@@ -90,6 +92,7 @@ class Engine:
         state = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
         state_dict.load_into(model, state, str(path), "use the config that wrote it")
         self.step, self.consumed = int(meta["step"]), int(meta["consumed"])
+        self.earlier_batch = int(meta.get("batch", self.consumed // self.step))  # which earlier versions did not save
         return {name: tensor for name, tensor in tensors.items() if not name.startswith("model/")}
 
     @property
@@ -148,7 +151,7 @@ class Engine:
         self.refresh_plain()
         if self.world.rank == 0:
             state = {f"model/{name}": tensor for name, tensor in self.plain.state_dict().items()} | moments
-            meta = {"step": str(self.step), "consumed": str(self.consumed)}
+            meta = {"step": str(self.step), "consumed": str(self.consumed), "batch": str(self.global_batch)}
             path = run.checkpoint(self.step)
             path.parent.mkdir(exist_ok=True)
             write_whole(path, weights.packed(state, meta))

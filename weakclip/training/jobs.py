@@ -51,6 +51,16 @@ class Job:
         return labels.class_names(self.recipe.classes)
 
     @property
+    def prefix(self) -> str:
+        """What its keys `optim` and `train` begin with in the recipe."""
+        return "" if self.name == "train" else f"{self.name}."
+
+    @property
+    def batch_product(self) -> str:
+        """The keys whose product is the global batch, for messages."""
+        return f"{self.prefix}train.batch x {self.prefix}train.accumulate x ranks"
+
+    @property
     def mask_settings(self) -> MaskSettings:
         """Settings of the masks that its network writes."""
         return MaskSettings(self.inference, self.data.scale, self.recipe.seeds, self.data.workers)
@@ -63,6 +73,7 @@ def refine(recipe: Config) -> Job:
     """Return the job that trains WeakCLIP on seeds: the stage `train`. Raises ConfigError as `_check_seeds` does."""
     _check_seeds(recipe)
     model = ("clip", "prompts", "adapter", "matching", "decoder", "loss", "boundary")
+    cam = ("cam",) if recipe.data.labelled is not None else ()  # else the CAMs are given
     return Job(
         "train",
         recipe,
@@ -72,7 +83,17 @@ def refine(recipe: Config) -> Job:
         recipe.optim,
         recipe.train,
         recipe.pseudo,
-        fixed=(*_ALWAYS, "demo", "data", "cam", "seeds", "augment", *model, "optim", "train"),
+        fixed=(
+            *_ALWAYS,
+            "demo",
+            "data",
+            *cam,
+            "seeds",
+            "augment",
+            *model,
+            "optim",
+            "train",
+        ),
     )
 
 

@@ -70,7 +70,7 @@ class Refine(Task):
     """WeakCLIP, trained on seeds from CAMs."""
 
     def build(self, pretrained: bool) -> Trained:
-        model = WeakCLIP(self.job.recipe, self.job.names)
+        model = WeakCLIP(self.job.recipe, self.job.names, strict=not self.job.run.checkpoints())
         require_whole_patches("augment.crop", self.job.augment.crop, model.clip.vision.patch)
         return model
 

@@ -9,7 +9,7 @@ from weakclip.checkpoints import clip_files
 from weakclip.config import ClipConfig
 from weakclip.demo import clip, image_pool, statistics, world
 from weakclip.demo.mimetic_init import begin_near
-from weakclip.labels import DEMO
+from weakclip.labels import DEMO, DEMO_WORDS
 from weakclip.models.pretrained import load_clip, pack_tokens, unpack_tokens
 
 SHIPPED = clip_files.DEMO
@@ -108,3 +108,7 @@ def test_the_card_counts_what_the_masks_show(pictures):
     assert found["foreground, % of the pixels"] == pytest.approx(np.mean(shares))
     objects = sum(len(picture.classes) for picture in pictures)
     assert found["an object, % of its image: mean"] == pytest.approx(sum(shares) / objects)
+
+
+def test_the_words_of_the_world_are_listed_where_importing_them_is_light():
+    assert {*DEMO_WORDS} == {*DEMO[1:], *world.CLUTTER, *world.GROUNDS}

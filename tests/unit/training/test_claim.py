@@ -83,8 +83,6 @@ def test_a_file_is_no_run(tiny_config, tmp_path):
         ("classes=voc", "classes: .*/names.txt -> voc"),
         ("precision=bf16", "precision: fp32 -> bf16"),
         ("seeds.background=0.1", "seeds.background: 0.45 -> 0.1"),
-        ("data.labelled=there seeds.crf.iterations=3", 'data.labelled: .*, seeds.crf: null -> {"iterations": 3, .*}'),
-        ("cam.box_threshold=0.7", "cam.box_threshold: 0.4 -> 0.7"),
         ("augment.crop=32", "augment.crop: 64 -> 32"),
         ("clip.drop_path=0.2", "clip.drop_path: 0.0 -> 0.2"),
         ("prompts.length=4", "prompts.length: 8 -> 4"),
@@ -97,7 +95,6 @@ def test_a_file_is_no_run(tiny_config, tmp_path):
         ("data.train=elsewhere", "data.train: data/voc/trainaug -> elsewhere"),
         ("data.scale=[256,64]", r"data.scale: \[128, 64\] -> \[256, 64\]"),
         ("data.shuffle_window=3", "data.shuffle_window: 2 -> 3"),
-        ("data.val=unseen", "data.val: null -> unseen"),
     ],
 )
 def test_a_run_goes_on_only_with_the_settings_it_began_with(tiny_config, tmp_path, override, change):
@@ -115,7 +112,8 @@ def test_every_key_that_changed_is_named(tiny_config):
 
 
 CHANGED = ("boundary.engine=exact", "train.batch=4", "train.accumulate=2", "train.deepspeed=other.json", "train.compile=off",
-           "data.workers=1", "data.cache=there", "data.cache_gib=5", "data.retries=1", "data.timeout=5", "data.max_bad_samples=1",
+           "data.workers=1", "data.cache=there", "data.val=unseen", "data.labelled=there", "data.cache_gib=5",
+           "data.retries=1", "data.timeout=5", "data.max_bad_samples=1",
            "train.log_every=1", "train.validate_every=5", "train.checkpoint_every=5", "train.keep_checkpoints=1",
            "train.pictures=0", "data.build={source: voc, devkit: there, split: train}")  # fmt: skip
 """A change of each key that may change in WeakCLIP's training, and of sections that other stages read."""
@@ -139,11 +137,12 @@ def test_the_retrained_networks_own_training_is_held_to_the_same_list(tiny_confi
 
 @pytest.fixture
 def saved(tiny_config):
-    """The run after 5 steps of 2 ranks with batches of 4."""
+    """The run after 5 steps, the last ones of 2 ranks with batches of 4."""
     job = jobs.refine(tiny_config("train.batch=4"))
     claim_job(job, resume=False)
     job.run.checkpoint(5).parent.mkdir()
-    job.run.checkpoint(5).write_bytes(packed({"model/a": torch.zeros(1)}, {"step": "5", "consumed": "40"}))
+    meta = {"step": "5", "consumed": "52", "batch": "8"}  # the first steps were those of more ranks
+    job.run.checkpoint(5).write_bytes(packed({"model/a": torch.zeros(1)}, meta))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +156,7 @@ def test_the_batch_may_change_with_the_ranks_and_the_ranks_alone(tiny_config, ov
 
 @pytest.mark.usefixtures("saved")
 def test_another_global_batch_by_other_settings_is_refused(tiny_config):
-    message = "train.batch x train.accumulate x ranks is 2 x 1 x 2 images a step, but .*run took 8; change them so that"
+    message = "train.batch x train.accumulate x ranks is 2 x 1 x 2 images a step, but the last steps of .*run took 8; change"
     with pytest.raises(ConfigError, match=message):
         require_same_batch(jobs.refine(tiny_config("train.batch=2")), ranks=2)
 
@@ -222,5 +221,4 @@ def test_a_classifier_of_an_earlier_version_is_resumed(tiny_config, tmp_path):
     job.run.config.write_text(yaml.safe_dump(old))
     claim_job(job, resume=True)
     other = jobs.classify(tiny_config("data.labelled=elsewhere", "cam.source=mctformer", "data.train=cams"))
-    with pytest.raises(ConfigError, match="data.labelled: labelled -> elsewhere"):
-        require_same_settings(other)
+    require_same_settings(other)  # what the set holds is compared, and not its path
