@@ -26,7 +26,7 @@ def load_clip(config: ClipConfig) -> Any:
     features. (The released code adds the embedding once more. Doubling it is exact and can be undone; the alternative, adding it
     to the class token's position embedding, rounds.)
     Raises ConfigError when a source is missing or unreadable, does not fit the architecture, contradicts the recipe, or is not a
-    plain ViT CLIP.
+    CLIP that is supported.
     """
     if config.pretrained == "none":
         model, doubled = architectures.build(architectures.named(config.model), "clip.model"), False
