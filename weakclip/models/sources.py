@@ -121,10 +121,7 @@ _REFUSED = (
     ("text.transformer.embeddings.", "open_clip's CustomTextCLIP with a text tower of Hugging Face"),
     ("text.transformer.encoder.", "open_clip's CustomTextCLIP with a text tower of Hugging Face"),
     ("visual.blocks.", "an EVA-CLIP in its authors' format; take the same weights from open_clip"),
-    (
-        "image_encoder.",
-        "Apple's MobileCLIP in its authors' format; of the same weights in open_clip's, MobileCLIP-B is supported",
-    ),
+    ("image_encoder.", "Apple's MobileCLIP in its authors' format; open_clip's MobileCLIP-B is supported"),
     ("patch_embed.proj.", "a ViT of timm without a text tower; a CLIP's two towers are needed"),
     ("embeddings.patch_embeddings.projection.", "a ViT of Hugging Face without a text tower; a CLIP's two towers are needed"),
 )

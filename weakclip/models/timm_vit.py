@@ -47,6 +47,8 @@ TRUNKS = {
 }
 """The supported ones by timm's names."""
 
+BATCH_NORM_EPS = 1e-5
+
 _BLOCK = (
     (r"norm([12])\.(\w+)", r"{norms}_\1.\2"),
     (r"attn\.qkv\.(weight|bias)", r"attn.in_proj_\1"),
@@ -71,7 +73,6 @@ _NAMES = (
 )
 """timm's names and open_clip's, or what those are made of below."""
 
-BATCH_NORM_EPS = 1e-5
 _NEEDED = {"class_embedding", "positional_embedding", "conv1.bias", "ln_post.bias", "proj", "proj.bias"}
 
 
@@ -95,17 +96,12 @@ def to_open_clip(tensors: Mapping[str, Tensor], trunk: Trunk) -> dict[str, Tenso
 
     None also where the projection cannot reach its bias, as one to a larger space may not.
     """
-    state = {}
-    for name, tensor in _without_batch_norms(tensors).items():
-        if (ours := _open_clips_name(name, trunk.norms)) is None:
-            return None
-        state[ours] = tensor.float()
+    try:
+        state = _renamed(_without_batch_norms(tensors), trunk.norms)
+    except KeyError:
+        return None
     if not state.keys() >= _NEEDED:
         return None
-    for name in [name for name in state if name.endswith(".q")]:
-        q, v = state.pop(name), state.pop(f"{name[:-1]}v")
-        k = state.pop(f"{name[:-1]}k", torch.zeros_like(q))  # there is no bias of the keys, as it would not change the attention
-        state[name[:-2]] = torch.cat([q, k, v])
     state["class_embedding"], positions_LD = state["class_embedding"][0, 0], state["positional_embedding"][0]
     if has_square_grid(positions_LD, prefix=0):  # none for the class
         positions_LD = torch.cat([torch.zeros_like(positions_LD[:1]), positions_LD])
@@ -118,16 +114,27 @@ def to_open_clip(tensors: Mapping[str, Tensor], trunk: Trunk) -> dict[str, Tenso
     return state
 
 
-def _open_clips_name(name: str, norms: str) -> str | None:
+def _renamed(tensors: Mapping[str, Tensor], norms: str) -> dict[str, Tensor]:
+    """Return the tensors under open_clip's names, in fp32. Raises KeyError for an unknown name and a missing tensor."""
+    state = {_open_clips_name(name).format(norms=norms): tensor.float() for name, tensor in tensors.items()}
+    for name in [name for name in state if name.endswith(".q")]:
+        q, v = state.pop(name), state.pop(f"{name[:-1]}v")
+        k = state.pop(f"{name[:-1]}k", torch.zeros_like(q))  # there is no bias of the keys, as it would not change the attention
+        state[name[:-2]] = torch.cat([q, k, v])
+    return state
+
+
+def _open_clips_name(name: str) -> str:
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     inner, names, start = (block[2], _BLOCK, f"transformer.resblocks.{block[1]}.") if block else (name, _NAMES, "")
-    known = (re.sub(theirs, ours, inner) for theirs, ours in names if re.fullmatch(theirs, inner))
-    found = next(known, None)
-    return None if found is None else start + found.format(norms=norms)
+    for theirs, ours in names:
+        if re.fullmatch(theirs, inner):
+            return start + re.sub(theirs, ours, inner)
+    raise KeyError(name)
 
 
 def _without_batch_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the convolutions with the batch norms that follow them as a part of their weights and biases."""
+    """Return the tensors with the batch norms as a part of the convolutions before them. Raises KeyError if one is missing."""
     state = dict(tensors)
     for name in [name for name in state if name.endswith(".bn.weight")]:
         norm, conv = name.removesuffix("weight"), name.replace(".bn.", ".conv.")

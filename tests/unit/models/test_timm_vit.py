@@ -193,6 +193,19 @@ def test_any_other_vit_of_timm_is_refused(saved, changes):
         load(folder)
 
 
+@pytest.mark.parametrize(
+    "name, lost",
+    [(PLAIN, "cls_token"), (ROTARY, "blocks.1.attn.v_proj.bias"), (CONV_STEM, "patch_embed.backbone.0.bn.running_mean")],
+)
+def test_a_tower_without_a_tensor_that_others_need_is_refused(saved, name, lost):
+    folder, _ = saved(trunk(name), name)
+    state = torch.load(folder / "open_clip_pytorch_model.bin")
+    del state[f"visual.trunk.{lost}"]
+    torch.save(state, folder / "open_clip_pytorch_model.bin")
+    with pytest.raises(ConfigError, match="model.bin is a CLIP of open_clip with a vision tower of timm that is not supported"):
+        load(folder)
+
+
 @pytest.mark.parametrize("name, other", [(PLAIN, ROTARY), (ROTARY, PLAIN), (POST_NORM, ROTARY), (PLAIN, CONV_STEM)])
 def test_weights_of_another_supported_one_do_not_fit(saved, name, other):
     folder, _ = saved(trunk(other), name)
