@@ -30,22 +30,23 @@ BLOCKS = 4
 TEXTS = ("cat", "traffic light", "a photo of a train")
 
 
-def shallow(architecture: dict[str, Any]) -> dict[str, Any]:
-    """Return the architecture with BLOCKS blocks in each tower."""
-    return {**architecture, **{tower: architecture[tower] | {"layers": BLOCKS} for tower in ("vision_cfg", "text_cfg")}}
-
-
 def reference(architecture: dict[str, Any]) -> tuple[Any, Any]:
     """Return open_clip's own CLIP with BLOCKS blocks and random weights, and ours with the same weights."""
     torch.manual_seed(0)
-    ours = build(shallow(timm_vit.as_open_clips(architecture)), "clip.model").eval()
-    if "timm_model_name" not in architecture["vision_cfg"]:
+    vision, text = (architecture[tower] | {"layers": BLOCKS} for tower in ("vision_cfg", "text_cfg"))
+    shallow = {**architecture, "vision_cfg": vision, "text_cfg": text}
+    name, trunk = vision.get("timm_model_name"), timm_vit.trunk_of(architecture)
+    if trunk is None:
+        ours = build(shallow, "clip.model").eval()
         return ours, ours
+    trunk = trunk._replace(settings=trunk.settings | {"layers": BLOCKS})
+    with mock.patch.dict(timm_vit.TRUNKS, {name: trunk}):
+        ours = build(shallow, "clip.model").eval()
     with mock.patch.object(timm, "create_model", partial(timm.create_model, depth=BLOCKS)):
-        theirs = open_clip.CustomTextCLIP(**shallow({k: v for k, v in architecture.items() if k != "custom_text"})).eval()
+        theirs = open_clip.CustomTextCLIP(**{k: v for k, v in shallow.items() if k != "custom_text"}).eval()
     for parameter in theirs.parameters():  # biases and projections that are almost 0 would hide a mistake
         parameter.data += 0.01 * torch.randn_like(parameter)
-    vision = timm_vit.to_open_clip(theirs.visual.trunk.state_dict())
+    vision = timm_vit.to_open_clip(theirs.visual.trunk.state_dict(), trunk)
     assert vision is not None
     ours.visual.load_state_dict(vision)
     ours.load_state_dict(theirs.text.state_dict(), strict=False)

@@ -9,7 +9,7 @@ softmax, the first n of which are the image's classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -20,8 +20,8 @@ from torch import Tensor
 from weakclip.cams import maps
 from weakclip.config import CamConfig
 from weakclip.data.transforms import Size
-from weakclip.models.attention import attention_weights
-from weakclip.models.clip import FrozenClip, VisionTower
+from weakclip.models.attention import attend, attention_weights
+from weakclip.models.clip import FrozenClip, VisionTower, run_block
 
 SINKHORN_ROUNDS = 10
 
@@ -43,52 +43,66 @@ def activation_maps(
 def maps_at_one_size(clip: FrozenClip, image_13HW: Tensor, texts_CE: Tensor, n: int, config: CamConfig) -> Tensor:
     """Return the maps of the first n texts on the token grid, float32 n x h x w, each in 0..1, or all 0."""
     grid = image_13HW.shape[2] // clip.vision.patch, image_13HW.shape[3] // clip.vision.patch
-    tokens_1TD, attention_LL = before_last_block(clip.vision, image_13HW, config.attention_blocks)
-    maps_nL = maps.stretch(softmax_gradcam(clip, tokens_1TD, texts_CE, n))
+    before = before_last_block(clip.vision, image_13HW, config.attention_blocks)
+    maps_nL = maps.stretch(softmax_gradcam(clip, before, texts_CE, n))
     if config.affinity_steps:
-        maps_nL = maps.stretch(spread(maps_nL, boxes(maps_nL, grid, config.box_threshold), attention_LL, config.affinity_steps))
+        boxes_nL = boxes(maps_nL, grid, config.box_threshold)
+        maps_nL = maps.stretch(spread(maps_nL, boxes_nL, before.attention_LL, config.affinity_steps))
     return maps_nL.unflatten(1, grid)
 
 
+class BeforeLastBlock(NamedTuple):
+    """What CAMs need of the vision tower's blocks."""
+
+    tokens_1TD: Tensor
+    """What enters the last one."""
+    rotation_L2d: Tensor | None
+    """Its rotary position embedding, if the tower has one."""
+    attention_LL: Tensor
+    """The patches' mean attention in the last blocks."""
+
+
 @torch.no_grad()
-def before_last_block(vision: VisionTower, image_13HW: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens entering the last block, 1 x T x D, and the patches' mean attention in the last `count` blocks, L x L."""
+def before_last_block(vision: VisionTower, image_13HW: Tensor, count: int) -> BeforeLastBlock:
+    """Return what enters the last block, and the mean attention in the last `count` blocks."""
     x_1TD = vision.embed(image_13HW)
+    rotation_L2d = vision.rotation((image_13HW.shape[2] // vision.patch, image_13HW.shape[3] // vision.patch))
     used = vision.blocks[-count:]
     total_LL = x_1TD.new_zeros(())
     for index, block in enumerate(vision.blocks):
         if index >= len(vision.blocks) - len(used):
-            total_LL = total_LL + attention(block, x_1TD)[1:, 1:]
+            total_LL = total_LL + attention(block, x_1TD, rotation_L2d)[1:, 1:]
         if index < len(vision.blocks) - 1:
-            x_1TD = block(x_1TD)
-    return x_1TD, total_LL / len(used)
+            x_1TD = run_block(block, x_1TD, rotation_L2d=rotation_L2d)
+    return BeforeLastBlock(x_1TD, rotation_L2d, total_LL / len(used))
 
 
-def attention(block: Any, x_1TD: Tensor) -> Tensor:
+def attention(block: Any, x_1TD: Tensor, rotation_L2d: Tensor | None) -> Tensor:
     """Return how much token t (row) attends to each token in an open_clip block, T x T, the mean over heads; rows sum to 1."""
-    return attention_weights(block.ln_1(x_1TD), block.attn.in_proj_weight, block.attn.in_proj_bias, block.attn.num_heads)[0]
+    attn = block.attn
+    return attention_weights(block.ln_1(x_1TD), attn.in_proj_weight, attn.in_proj_bias, attn.num_heads, rotation_L2d)[0]
 
 
-def softmax_gradcam(clip: FrozenClip, tokens_1TD: Tensor, texts_CE: Tensor, n: int) -> Tensor:
-    """Return maps, n x L >= 0, from the tokens that enter the last block.
+def softmax_gradcam(clip: FrozenClip, before: BeforeLastBlock, texts_CE: Tensor, n: int) -> Tensor:
+    """Return maps, n x L >= 0.
 
     The gradient of a class's probability is taken with respect to the last block's normed input; its mean over the patches
     weights the channels of that input. Probabilities are used, not logits, so that evidence shared with a competing text cancels.
     """
-    normed_1TD = clip.vision.blocks[-1].ln_1(tokens_1TD).detach().requires_grad_()
-    probabilities_C = probabilities(clip, pooled(clip.vision, tokens_1TD, normed_1TD), texts_CE)
+    normed_1TD = clip.vision.blocks[-1].ln_1(before.tokens_1TD).detach().requires_grad_()
+    probabilities_C = probabilities(clip, pooled(clip.vision, before, normed_1TD), texts_CE)
     gradients = [torch.autograd.grad(probabilities_C[i], normed_1TD, retain_graph=True)[0][0, 1:] for i in range(n)]
     weights_nD = torch.stack(gradients).mean(1)
     return (weights_nD @ normed_1TD.detach()[0, 1:].T).relu()
 
 
-def pooled(vision: VisionTower, tokens_1TD: Tensor, normed_1TD: Tensor) -> Tensor:
+def pooled(vision: VisionTower, before: BeforeLastBlock, normed_1TD: Tensor) -> Tensor:
     """Return the image's unit embedding, E, after the last block: as in CLIP-ES the mean of its patches, not the class token.
 
-    tokens_1TD: what enters the block. normed_1TD: the same after its first norm.
+    normed_1TD: the tokens that enter the block, after its first norm.
     """
     block = vision.blocks[-1]
-    x_1TD = tokens_1TD + block.ls_1(block.attention(q_x=normed_1TD))
+    x_1TD = before.tokens_1TD + block.ls_1(attend(block.attn, normed_1TD, before.rotation_L2d))
     x_1TD = x_1TD + block.ls_2(block.mlp(block.ln_2(x_1TD)))
     return F.normalize(vision.ln_post(x_1TD)[0, 1:].mean(0) @ vision.proj, dim=0)
 

@@ -92,8 +92,8 @@ class PromptedClip:
     def _embed_image(self, image_HW3: np.ndarray) -> Tensor:
         vision, options, scale, device = self.clip.vision, self.config.cam, self.config.data.scale, self.clip.vision.proj.device
         image_13HW = maps.network_input(vision.patch, image_HW3, self.normalisation, scale, options.scales[0], device)
-        tokens_1TD = gradcam.before_last_block(vision, image_13HW, 1)[0]
-        return gradcam.pooled(vision, tokens_1TD, vision.blocks[-1].ln_1(tokens_1TD))
+        before = gradcam.before_last_block(vision, image_13HW, 1)
+        return gradcam.pooled(vision, before, vision.blocks[-1].ln_1(before.tokens_1TD))
 
 
 def _check_known(clip: FrozenClip, ids_UL: Tensor, texts: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from weakclip.config import ConfigError
-from weakclip.models.timm_vit import as_open_clips
+from weakclip.models.timm_vit import TRUNKS, as_open_clips, trunk_of
 from weakclip.runtime.torchvision_ops import declare_missing
 
 declare_missing()
@@ -50,7 +50,7 @@ def check(architecture: Mapping[str, Any], source: str) -> None:
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{source}: not an architecture of open_clip ({error!r})") from error
     if reasons:
-        raise ConfigError(f"{source}: only CLIPs with a plain ViT and CLIP's own text tower are supported: {'; '.join(reasons)}")
+        raise ConfigError(f"{source}: only CLIPs with a ViT and CLIP's own text tower are supported: {'; '.join(reasons)}")
     if patch not in PATCHES:
         raise ConfigError(f"{source}: patch {patch} is not supported; use a ViT with patch 14 or 16")
 
@@ -58,14 +58,18 @@ def check(architecture: Mapping[str, Any], source: str) -> None:
 def build(architecture: Mapping[str, Any], source: str) -> Any:
     """Return an open_clip.CLIP of this model_cfg with random weights; its `architecture` is that model_cfg.
 
+    `rotary_side` of its vision tower is the side of the grid of its rotary position embedding, if it has one (else None).
     source: what states the architecture. Raises ConfigError, which begins with it, for one that is not supported.
     """
     check(architecture, source)
-    architecture = {key: value for key, value in as_open_clips(architecture).items() if key != "custom_text"}
+    architecture = {key: value for key, value in architecture.items() if key != "custom_text"}
     try:
-        model = open_clip.CLIP(**architecture)
+        model = open_clip.CLIP(**as_open_clips(architecture))
     except TypeError as error:
         raise ConfigError(f"{source}: not an architecture of open_clip ({error})") from error
+    model.visual.rotary_side = None
+    if trunk := trunk_of(architecture):
+        trunk.change(model.visual)
     model.architecture = architecture
     return model
 
@@ -92,13 +96,11 @@ _REASONS = {
 """Why a setting of a tower is refused, the most telling ones first; {} is its value."""
 
 _TIMM = (
+    (rf"^({'|'.join(TRUNKS)})$", "which must have timm_pool token and timm_proj null"),
     (r"siglip|pe_core", "which pools by attention, so patches have no joint embedding"),
-    (r"^eva02_enormous", "whose blocks have their norms after attention and MLP"),
-    (r"^eva02", "whose blocks have rotary position embeddings and gated MLPs"),
-    (r"^vit_\w+_mci", "whose patch embedding is a network of convolutions"),
     (r"^vit_\w+_gap", "which has no class token"),
     (r"^vit_relpos", "whose attention has relative positions"),
-    (r"^vit_", "whose projection has a bias"),
+    (r"^vit_", "which is not one of those that are known here"),
     (r"", "which is not a plain ViT"),
 )
 """What is special about timm's models, by regular expressions of their names; the first that fits."""

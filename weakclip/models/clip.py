@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weakclip.config import ClipConfig, ConfigError
 from weakclip.data.photometric import NORMALISATIONS, Normalisation
+from weakclip.models import rotary
 from weakclip.models.architectures import open_clip
+from weakclip.models.attention import attend
 from weakclip.models.positions import resize_positions
 from weakclip.models.pretrained import load_clip
 from weakclip.models.sources import contradicted
@@ -38,8 +39,9 @@ class VisionTower(nn.Module):
 
     def __init__(self, visual: Any, config: ClipConfig) -> None:
         super().__init__()
-        self.patch = int(visual.conv1.kernel_size[0])
-        self.width = int(visual.conv1.out_channels)
+        self.patch = int(visual.patch_size[0])
+        self.width = len(visual.class_embedding)
+        self.rotary_side: int | None = visual.rotary_side
         self.conv1, self.ln_pre, self.ln_post = visual.conv1, visual.ln_pre, visual.ln_post
         self.class_embedding: nn.Parameter = visual.class_embedding
         self.proj: nn.Parameter = visual.proj
@@ -56,11 +58,11 @@ class VisionTower(nn.Module):
     def forward(self, images_B3HW: Tensor, drop_path: bool = False) -> VisionFeatures:
         """Return the features of normalised images whose sides are multiples of the patch. drop_path: stochastic depth is on."""
         h, w = (side // self.patch for side in images_B3HW.shape[2:])
-        x_BLD = self.embed(images_B3HW)
+        x_BLD, rotation_L2d = self.embed(images_B3HW), self.rotation((h, w))
         taps = []
         for index, block in enumerate(self.blocks):
             rate = self.drop_paths[index] if drop_path else 0.0
-            x_BLD = _run(block, x_BLD, rate)
+            x_BLD = run_block(block, x_BLD, rate, rotation_L2d)
             taps += [_to_map(x_BLD[:, 1:], h, w)] * self.taps.count(index)
         joint_BLE = self.ln_post(x_BLD) @ self.proj
         return VisionFeatures(taps, joint_BLE[:, 0], _to_map(joint_BLE[:, 1:], h, w))
@@ -73,6 +75,13 @@ class VisionTower(nn.Module):
         cls_B1D = (self.class_embedding + positions_LD[0]).to(patches_BDhw.dtype).expand(B, 1, D)
         x_BLD = torch.cat([cls_B1D, patches_BDhw.flatten(2).transpose(1, 2) + positions_LD[1:]], dim=1)
         return self.ln_pre(x_BLD)
+
+    def rotation(self, grid: tuple[int, int]) -> Tensor | None:
+        """Return the rotary position embedding of h x w patches, float32 (h w) x 2 d; None for a tower without one."""
+        if self.rotary_side is None:
+            return None
+        head = self.width // self.blocks[0].attn.num_heads
+        return rotary.rotation(grid, head, self.rotary_side, self.proj.device)
 
 
 class TextTower(nn.Module):
@@ -99,7 +108,7 @@ class TextTower(nn.Module):
         x_KLD = torch.cat([names_KLD[:, :1], prompts_ND.expand(K, -1, -1).to(names_KLD.dtype), names_KLD[:, 1:]], dim=1)
         x_KLD = x_KLD + self.positional_embedding[: x_KLD.shape[1]]
         for block in self.blocks:
-            x_KLD = _run(block, x_KLD, causal=True)
+            x_KLD = run_block(block, x_KLD, causal=True)
         end_K = names_KL.argmax(-1) + N  # the end token has the largest id
         return self.ln_final(x_KLD[torch.arange(K, device=x_KLD.device), end_K]) @ self.text_projection
 
@@ -114,7 +123,7 @@ class FrozenClip(nn.Module):
         super().__init__()
         self.strict = strict
         clip = load_clip(config, strict)
-        patch = int(clip.visual.conv1.kernel_size[0])
+        patch = int(clip.visual.patch_size[0])
         if config.image_size % patch:
             raise ConfigError(f"clip.image_size is {config.image_size}; it must be a multiple of the patch, {patch}")
         self.vision = VisionTower(clip.visual, config)
@@ -171,18 +180,13 @@ def _tokenizer() -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer()  # reads its vocabulary, which takes 0.1 s
 
 
-def _run(block: Any, x_BLD: Tensor, drop_path: float = 0.0, causal: bool = False) -> Tensor:
+def run_block(
+    block: Any, x_BLD: Tensor, drop_path: float = 0.0, rotation_L2d: Tensor | None = None, causal: bool = False
+) -> Tensor:
     """Run one of open_clip's residual blocks, with stochastic depth in both branches."""
-    x_BLD = x_BLD + _drop_path(block.ls_1(_attend(block.attn, block.ln_1(x_BLD), causal)), drop_path)
+    attended_BLD = attend(block.attn, block.ln_1(x_BLD), rotation_L2d, causal)
+    x_BLD = x_BLD + _drop_path(block.ls_1(attended_BLD), drop_path)
     return x_BLD + _drop_path(block.ls_2(block.mlp(block.ln_2(x_BLD))), drop_path)
-
-
-def _attend(attention: nn.MultiheadAttention, x_BLD: Tensor, causal: bool) -> Tensor:
-    """Return the output of `attention`. Calling the module would use tokens as L x B x D, which makes L small matrix products."""
-    qkv_BL3D = F.linear(x_BLD, attention.in_proj_weight, attention.in_proj_bias)
-    q_BHLd, k_BHLd, v_BHLd = qkv_BL3D.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    mixed_BLD = F.scaled_dot_product_attention(q_BHLd, k_BHLd, v_BHLd, is_causal=causal).transpose(1, 2).flatten(2)
-    return attention.out_proj(mixed_BLD)
 
 
 def _to_map(tokens_BLD: Tensor, h: int, w: int) -> Tensor:

@@ -25,8 +25,8 @@ def load_clip(config: ClipConfig, strict: bool = True) -> Any:
     does not state it. With `double_class_embedding` its class embedding is twice CLIP's, so that a plain ViT gives the published
     features. (The released code adds the embedding once more. Doubling it is exact and can be undone; the alternative, adding it
     to the class token's position embedding, rounds.)
-    Raises ConfigError when a source is missing or unreadable, does not fit the architecture, is not a plain ViT CLIP, or, if
-    `strict`, contradicts the recipe.
+    Raises ConfigError when a source is missing or unreadable, does not fit the architecture, is not a CLIP that is supported, or,
+    if `strict`, contradicts the recipe.
     """
     if config.pretrained == "none":
         model, doubled = architectures.build(architectures.named(config.model), "clip.model"), False

@@ -280,6 +280,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         data = weights.packed(ours, meta)
     elif "prompts_ND" not in ours:
         raise ConfigError(f"{path}: the released layout cannot hold a CLIP alone; write it as .safetensors")
+    elif tower := json.loads(meta.get(ARCHITECTURE, "{}")).get("vision_cfg", {}).get("timm_model_name"):
+        raise ConfigError(f"{path}: the released layout cannot hold timm's {tower}; write it as .safetensors")
     else:
         names = json.loads(meta[CLASSES])
         if tuple(json.loads(meta[EXTRA_NAMES])) == labels.COCO_GAP_NAMES:

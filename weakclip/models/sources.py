@@ -93,7 +93,8 @@ def read(config: ClipConfig) -> Source:
         stated = stated._replace(quick_gelu=meta[ACTIVATION] == "quick_gelu")
     if stated.architecture is not None:
         _require_no_model(config)
-    kind, state = recognised(tensors, path)
+    architecture = stated.architecture or (architectures.named(config.model) if config.model else {})
+    kind, state = recognised(tensors, path, timm_vit.trunk_of(architecture))
     if kind == OPENAIS:
         stated = stated._replace(quick_gelu=True, normalisation=stated.normalisation or NORMALISATIONS["clip"])
     return Source(path, kind, state, stated, meta.get(CLASS_EMBEDDING) == "doubled")
@@ -117,27 +118,28 @@ _REFUSED = (
     ("vision_model.head.probe", "Hugging Face's SigLIP, whose attention pooling gives patches no joint embedding"),
     ("text_decoder.", "open_clip's CoCa, whose text tower serves a decoder"),
     ("text.cls_emb", "open_clip's CoCa, whose text tower serves a decoder"),
-    (TRUNK, "a CLIP of open_clip with a vision tower of timm, which is not a plain ViT"),
+    (TRUNK, "a CLIP of open_clip with a vision tower of timm that is not supported, or not that of the architecture"),
     ("visual.layer1.", "a CLIP with a ResNet; only ViTs are supported"),
     ("text.text_projection.weight", "open_clip's CustomTextCLIP with a text projection that has a bias"),
     ("text.transformer.embeddings.", "open_clip's CustomTextCLIP with a text tower of Hugging Face"),
     ("text.transformer.encoder.", "open_clip's CustomTextCLIP with a text tower of Hugging Face"),
-    ("visual.blocks.", "an EVA-CLIP, whose blocks are not those of a plain ViT"),
-    ("image_encoder.", "Apple's MobileCLIP, whose vision tower is not a plain ViT"),
+    ("visual.blocks.", "an EVA-CLIP in its authors' format; take the same weights from open_clip"),
+    ("image_encoder.", "Apple's MobileCLIP in its authors' format; open_clip's MobileCLIP-B is supported"),
     ("patch_embed.proj.", "a ViT of timm without a text tower; a CLIP's two towers are needed"),
     ("embeddings.patch_embeddings.projection.", "a ViT of Hugging Face without a text tower; a CLIP's two towers are needed"),
 )
 """What the names of a format begin with that is not supported, and what to say about it; the first that fits counts."""
 
 
-def recognised(tensors: Mapping[str, Tensor], path: Path) -> tuple[str, dict[str, Tensor]]:
+def recognised(tensors: Mapping[str, Tensor], path: Path, timms: timm_vit.Trunk | None) -> tuple[str, dict[str, Tensor]]:
     """Return whose format the tensors in `path` are in, and them under open_clip's names: unchanged where it is not known.
 
+    timms: the vision tower of the architecture if it is one of timm.
     Raises ConfigError for the format of another model.
     """
     state, open_clips = dict(tensors), "open_clip's CLIP"
     trunk = {name.removeprefix(TRUNK): tensor for name, tensor in state.items() if name.startswith(TRUNK)}
-    if vision := timm_vit.to_open_clip(trunk):
+    if trunk and timms and (vision := timm_vit.to_open_clip(trunk, timms)):
         state = {name: tensor for name, tensor in state.items() if not name.startswith(TRUNK)}
         state |= {f"visual.{name}": tensor for name, tensor in vision.items()}
         open_clips += " with a ViT of timm"

@@ -71,8 +71,8 @@ def test_maps_are_weighed_by_the_gradient_that_open_clips_tower_gives(clip, text
         (gradient_1TD,) = torch.autograd.grad(probabilities_C[i], seen["normed"], retain_graph=True)
         channels_D = gradient_1TD[0, 1:].mean(0)
         expected.append((seen["normed"][0, 1:] * channels_D).sum(1).clamp(min=0))
-    tokens_1TD, _ = gradcam.before_last_block(clip.vision, image_13HW, 1)
-    found_nL = gradcam.softmax_gradcam(clip, tokens_1TD, texts_CE, 3)
+    before = gradcam.before_last_block(clip.vision, image_13HW, 1)
+    found_nL = gradcam.softmax_gradcam(clip, before, texts_CE, 3)
     expected_nL = torch.stack(expected).detach()
     assert (expected_nL > 0).any(1).all()
     torch.testing.assert_close(found_nL, expected_nL, rtol=1e-3, atol=1e-5 * float(expected_nL.max()))
@@ -80,9 +80,9 @@ def test_maps_are_weighed_by_the_gradient_that_open_clips_tower_gives(clip, text
 
 def test_the_tokens_before_the_last_block_become_the_towers_own(clip):
     images_13HW = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(4))
-    tokens_1TD, attention_LL = gradcam.before_last_block(clip.vision, images_13HW, 99)
-    assert attention_LL.shape == (24, 24)
-    end_1TD = clip.vision.blocks[-1](tokens_1TD)
+    before = gradcam.before_last_block(clip.vision, images_13HW, 99)
+    assert before.attention_LL.shape == (24, 24)
+    end_1TD = clip.vision.blocks[-1](before.tokens_1TD)
     torch.testing.assert_close(end_1TD[:, 1:].mT.unflatten(2, (4, 6)), clip.vision(images_13HW).taps[-1])
 
 
@@ -90,16 +90,17 @@ def test_attention_is_the_modules_own(clip, image_13HW):
     block, x_1TD = clip.vision.blocks[1], clip.vision.embed(image_13HW)
     normed_1TD = block.ln_1(x_1TD)
     own_1TT = block.attn(normed_1TD, normed_1TD, normed_1TD, need_weights=True)[1]
-    torch.testing.assert_close(gradcam.attention(block, x_1TD), own_1TT[0])
+    torch.testing.assert_close(gradcam.attention(block, x_1TD, None), own_1TT[0])
 
 
 def test_attention_is_averaged_over_the_last_blocks(clip, image_13HW):
     x_1TD, single = clip.vision.embed(image_13HW), []
     for block in clip.vision.blocks:
-        single.append(gradcam.attention(block, x_1TD)[1:, 1:])
+        single.append(gradcam.attention(block, x_1TD, None)[1:, 1:])
         x_1TD = block(x_1TD)
     for count, blocks in ((1, single[-1:]), (3, single[-3:]), (8, single)):
-        torch.testing.assert_close(gradcam.before_last_block(clip.vision, image_13HW, count)[1], torch.stack(blocks).mean(0))
+        before = gradcam.before_last_block(clip.vision, image_13HW, count)
+        torch.testing.assert_close(before.attention_LL, torch.stack(blocks).mean(0))
 
 
 def test_sinkhorn_makes_rows_and_columns_sum_to_one():

@@ -16,9 +16,10 @@ def test_each_model_of_open_clip_is_supported_or_refused_with_a_reason():
     supported = {name for name in open_clip.list_models() if not list(refusals(named(name)))}
     assert {"ViT-B-16", "ViT-L-14-336-quickgelu", "ViT-bigG-14", "ViT-M-16-alt", "ViT-B-32"} <= supported
     others = set(open_clip.list_models()) - supported
-    assert {"RN50", "coca_ViT-L-14", "ViT-B-16-SigLIP", "EVA02-L-14", "PE-Core-B-16", "ViT-H-14-CLIPA"} <= others
+    assert {"RN50", "coca_ViT-L-14", "ViT-B-16-SigLIP", "MobileCLIP2-L-14", "PE-Core-B-16", "ViT-H-14-CLIPA"} <= others
     of_timm = {name for name in supported if named(name)["vision_cfg"].get("timm_model_name")}
-    assert of_timm == {"EVA01-g-14", "EVA01-g-14-plus"}
+    eva02 = {f"EVA02-{size}" for size in ("B-16", "L-14", "L-14-336", "E-14", "E-14-plus")}
+    assert of_timm == {"EVA01-g-14", "EVA01-g-14-plus", "MobileCLIP-B", "MobileCLIP2-B", *eva02}
 
 
 def test_the_table_in_the_docs_is_that_of_these_models(repo):
@@ -49,8 +50,17 @@ def test_the_table_in_the_docs_is_that_of_these_models(repo):
 )
 def test_a_setting_that_changes_what_a_tower_computes_is_named(tower, setting, value, reason):
     check(PLAIN, "here")
-    with pytest.raises(ConfigError, match=f"^here: only CLIPs with a plain ViT .*: {reason}$"):
+    with pytest.raises(ConfigError, match=f"^here: only CLIPs with a ViT .*: {reason}$"):
         check(PLAIN | {tower: PLAIN[tower] | {setting: value}}, "here")
+
+
+@pytest.mark.parametrize("changes", [{"timm_pool": "avg"}, {"timm_proj": "linear"}])
+def test_a_tower_of_timm_needs_a_class_token_and_its_own_projection(changes):
+    architecture = named("EVA02-B-16")
+    with pytest.raises(
+        ConfigError, match="timm's eva02_base_patch16_clip_224, which must have timm_pool token and timm_proj null"
+    ):
+        check(architecture | {"vision_cfg": architecture["vision_cfg"] | changes}, "here")
 
 
 def test_another_patch_or_no_architecture_at_all_is_refused():

@@ -151,7 +151,7 @@ def test_a_contradiction_is_found_before_a_download(network):
         load(TAG, GELU)
     with pytest.raises(ConfigError, match="clip.model must be null when clip.pretrained is hf-hub:org/tiny: it states its own"):
         load("hf-hub:org/tiny", QUICK)
-    with pytest.raises(ConfigError, match="clip.model: only CLIPs with a plain ViT"):
+    with pytest.raises(ConfigError, match="clip.model: only CLIPs with a ViT"):
         load("webli", "ViT-B-16-SigLIP")
     assert network == []
 

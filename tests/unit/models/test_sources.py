@@ -78,7 +78,10 @@ def test_a_custom_text_clip_of_plain_towers_is_a_clip(tmp_path, tiny_clip, make_
     [
         ({"text.text_projection.weight": 1}, "is open_clip's CustomTextCLIP with a text projection that has a bias"),
         ({"text.transformer.embeddings.word_embeddings.weight": 1}, "CustomTextCLIP with a text tower of Hugging Face"),
-        ({"visual.trunk.cls_token": 1, "text.ln_final.bias": 1}, "with a vision tower of timm, which is not a plain ViT"),
+        (
+            {"visual.trunk.cls_token": 1, "text.ln_final.bias": 1},
+            "with a vision tower of timm that is not supported, or not that",
+        ),
         ({"text.cls_emb": 1}, "is open_clip's CoCa"),
         ({"visual.layer1.0.conv1.weight": 1}, "is a CLIP with a ResNet; only ViTs are supported"),
         ({"vision_model.head.probe": 1}, "is Hugging Face's SigLIP, whose attention pooling gives patches no joint"),
