@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from weakclip.config import ConfigError
 from weakclip.data.index import ShardError
 from weakclip.masks.sliding_window import predict as probabilities
 from weakclip.runtime.errors import UserError
+from weakclip.runtime.run_dir import RunDir
 
 NO_CRF = "pseudo.crf=null"
 IMAGE_HW3 = np.random.default_rng(0).integers(0, 256, (48, 70, 3), np.uint8)
@@ -73,6 +76,35 @@ def test_photos_are_turned_if_those_of_the_training_were(run, tmp_path):
     assert upright.mask_HW.shape == (70, 48)
     np.testing.assert_array_equal(upright.image_HW3, np.rot90(IMAGE_HW3, -1))
     assert weakclip.load(run(NO_CRF), exif="upright").predict(tmp_path / "a.png").mask_HW.shape == (70, 48)
+
+
+def test_photos_are_turned_if_the_training_set_was_built_so_by_hand(run, tmp_path, make_shards):
+    data = make_shards(tmp_path / "set", 2)
+    image = Image.fromarray(IMAGE_HW3)
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "a.png", exif=image.getexif())
+    for built, shape in (("upright", (70, 48)), ("stored", (48, 70))):
+        (data.root / "build.json").write_text(json.dumps({"source": "folder", "shards": 1, "exif": built}))
+        assert weakclip.load(run(NO_CRF, f"data.train={data.root}")).predict(tmp_path / "a.png").mask_HW.shape == shape
+
+
+def test_a_retrained_network_is_known_from_any_working_directory(tmp_path, monkeypatch):
+    place = tmp_path / "voc/retrain/segformer-seeds"
+    place.mkdir(parents=True)
+    monkeypatch.chdir(place)
+    assert RunDir(Path(".")).is_retrained("segformer") and RunDir(place).is_retrained("segformer")
+    assert not RunDir(tmp_path / "retrain/mine").is_retrained(None) and not RunDir(place).is_retrained("resnet38")
+
+
+def test_damaged_images_are_skipped_named_and_counted(run, tmp_path, capsys, caplog):
+    Image.fromarray(IMAGE_HW3).save(tmp_path / "good.png")
+    data = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(SystemExit, match="2 of 3 images cannot be read"):
+        predict.main([str(run(NO_CRF)), *(str(tmp_path / name) for name in ("cut.png", "good.png", "text.jpg"))])
+    assert "masks and overlays of 1 images" in capsys.readouterr().out
+    assert [line.split(": ")[0] for line in caplog.messages] == [str(tmp_path / "cut.png"), str(tmp_path / "text.jpg")]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,11 @@ def test_the_need_counts_the_ranks_of_a_node_and_their_workers(tiny_config, monk
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # as torchrun sets it
     settings.require_shared_memory()
     StreamSettings.of(tiny_config("data.workers=0")).require_shared_memory()
-    assert needed == [3 * 2 * 5 * 64 * 64 * 4, 8 * 3 * 2 * 5 * 64 * 64 * 4, 0]
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2)")
+    settings.require_shared_memory()
+    one = 3 * 2 * 5 * 64 * 64 * 4
+    assert needed == [one, 8 * one, 0, 4 * one]
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,14 @@ def test_gzipped_tars_are_read_and_nothing_is_left_of_their_copies(tmp_path, sam
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["set"]
 
 
+def test_gzipped_tars_of_one_name_are_both_read(tmp_path, samples):
+    for key, name in (("a", "x.tar.gz"), ("b", "x.tgz")):
+        plain = write_tar(tmp_path / "plain", members({key: samples[key]})).read_bytes()
+        (tmp_path / "tars").mkdir(exist_ok=True)
+        (tmp_path / "tars" / name).write_bytes(gzip.compress(plain))
+    assert len(reshard(str(tmp_path / "tars"), tmp_path / "set", 8, 1, "voc").entries) == 2
+
+
 def test_a_damaged_gzip_file_is_named(tmp_path, samples):
     data = gzip.compress(write_tar(tmp_path / "plain.tar", members(samples)).read_bytes())
     tar = tmp_path / "x.tar.gz"

@@ -81,6 +81,21 @@ def test_what_config_json_leaves_out_has_transformers_defaults():
     assert hugging_face.architecture(short, "here") == hugging_face.architecture(whole, "here")
 
 
+@pytest.mark.parametrize(
+    "vision, text",
+    [
+        ({"hidden_size": "768"}, {}),
+        ({"num_attention_heads": 0}, {}),
+        ({}, ["text"]),
+        ({"intermediate_size": "x"}, {}),
+        ({}, {"hidden_act": []}),
+    ],
+)
+def test_settings_of_other_types_are_refused(vision, text):
+    with pytest.raises(ConfigError, match="^here"):
+        hugging_face.architecture({"model_type": "clip", "vision_config": vision or {"x": 1}, "text_config": text}, "here")
+
+
 def test_the_preprocessor_states_the_normalisation(theirs, tmp_path):
     _, folder = theirs
     for name in ("config.json", "model.safetensors"):

@@ -208,6 +208,13 @@ def test_a_choice_that_the_source_contradicts_is_refused(stating, stated, choice
         load(stating(stated)).normalisation("cam.normalisation", choice)
 
 
+def test_a_network_that_was_trained_so_keeps_its_choice_with_a_warning(stating, caplog):
+    clip = FrozenClip(ClipConfig(model=None, pretrained=str(stating(HALF)), image_size=64), prompts=4, strict=False)
+    assert clip.normalisation("clip.normalisation", "imagenet") == IMAGENET
+    (line,) = caplog.messages
+    assert line.endswith("set clip.normalisation to source; it was trained so, and stays so")
+
+
 def test_source_needs_a_source_that_states_it(tiny_clip):
     with pytest.raises(
         ConfigError, match="clip.normalisation: clip.pretrained does not state its mean and std; set .* imagenet or"
