@@ -43,8 +43,8 @@ class Job:
 
     def kill(self) -> None:
         """SIGKILL for all ranks and what they started."""
-        with suppress(psutil.NoSuchProcess):
-            for process in self.processes:
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess):  # of a rank that has ended: the others have not
                 for member in [*psutil.Process(process.pid).children(recursive=True), process]:
                     member.kill()
 
