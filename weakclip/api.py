@@ -28,7 +28,7 @@ from weakclip.runtime.run_dir import RunDir
 from weakclip.training import jobs
 from weakclip.training.tasks import task_of
 
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 """An image: a file, a Pillow image, or uint8 RGB H x W x 3."""
 
 
@@ -61,7 +61,7 @@ class Segmenter:
     upright: bool
     """Whether photos are turned by their EXIF orientation, as those that it was trained on."""
 
-    def predict(self, image: Picture, labels: Sequence[str] | None = None) -> Prediction:
+    def predict(self, image: ImageLike, labels: Sequence[str] | None = None) -> Prediction:
         """Return the mask of an image: a file, a Pillow image or uint8 RGB H x W x 3.
 
         labels: names of the classes that it is known to show; only these and background can then be in the mask. None: any class.
@@ -81,7 +81,7 @@ class Segmenter:
         probs_KHW[found.classes_n] = found.probs_nHW
         return Prediction(image_HW3, mask_of(found, image_HW3, inference.crf), probs_KHW, self.classes)
 
-    def _pixels(self, image: Picture) -> np.ndarray:
+    def _pixels(self, image: ImageLike) -> np.ndarray:
         if isinstance(image, str | os.PathLike):
             with open(image, "rb") as stream:
                 try:

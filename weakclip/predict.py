@@ -60,8 +60,8 @@ def write(name: str, found: Prediction, out: Path) -> visualize.Row:
     drawn_HW3 = visualize.overlay(found.image_HW3, found.mask_HW)
     Image.fromarray(drawn_HW3).save(overlay, quality=90)
     shown = [found.classes.index(one) for one in found.found]
-    pictures = (found.image_HW3, drawn_HW3, visualize.colour_mask(found.mask_HW))
-    return visualize.Row(name, shown, [visualize.thumbnail(picture_HW3) for picture_HW3 in pictures])
+    shown_HW3 = (found.image_HW3, drawn_HW3, visualize.colour_mask(found.mask_HW))
+    return visualize.Row(name, shown, [visualize.thumbnail(image_HW3) for image_HW3 in shown_HW3])
 
 
 def main(arguments: Sequence[str]) -> None:

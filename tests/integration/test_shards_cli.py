@@ -123,7 +123,7 @@ def test_the_number_of_processes_does_not_change_a_byte(split, shards, tmp_path)
     assert all((shards / name).read_bytes() == (tmp_path / "set" / name).read_bytes() for name in names)
 
 
-def test_a_build_that_failed_goes_on_when_the_picture_is_mended(split, shards, tmp_path):
+def test_a_build_that_failed_resumes_when_the_picture_is_mended(split, shards, tmp_path):
     images = shutil.copytree(split["images"], tmp_path / "images")
     broken = images / f"{max(path.stem for path in split['cams'].iterdir())}.jpg"
     good = broken.read_bytes()

@@ -166,7 +166,7 @@ def test_no_images_and_no_processes_are_refused(tmp_path):
         build_shards([0], sample, tmp_path / "set", NAMES, processes=0)
 
 
-# ------------------------------------------------------------------------------------------------------- the pictures
+# ------------------------------------------------------------------------------------------------------- the images
 
 RED = (200, 30, 40)
 
@@ -199,7 +199,7 @@ def colour_half_transparent() -> bytes:
     return encoded(Image.new("RGBA", (W, H), (255, 0, 0, 128)), "PNG")
 
 
-def palette_picture() -> bytes:
+def palette_image() -> bytes:
     return encoded(Image.new("RGB", (W, H), RED).quantize(4), "PNG")
 
 
@@ -209,14 +209,14 @@ def palette_picture() -> bytes:
         (lambda: encoded(Image.new("L", (W, H), 90), "JPEG"), "jpg", (90, 90, 90), 1),
         (lambda: encoded(Image.new("CMYK", (W, H), (0, 255, 255, 0)), "JPEG", quality=95), "jpg", (255, 0, 0), 3),
         (lambda: encoded(Image.new("1", (W, H), 1), "PNG"), "png", (255, 255, 255), 0),
-        (palette_picture, "png", RED, 0),
+        (palette_image, "png", RED, 0),
         (grey_16_bit, "png", (128, 128, 128), 0),
         (grey_with_transparency, "png", (255, 255, 255), 0),
         (colour_half_transparent, "png", (255, 127, 127), 1),
     ],
     ids=["grey", "CMYK", "bilevel", "palette", "16 bit", "transparent", "half transparent"],
 )
-def test_every_kind_of_picture_becomes_rgb(make, extension, want, tolerance):
+def test_every_kind_of_image_becomes_rgb(make, extension, want, tolerance):
     got = decoded(sample(image=make(), image_ext=extension)).image
     assert got.shape == (H, W, 3)
     assert np.abs(got.astype(int) - want).max() <= tolerance
@@ -230,9 +230,9 @@ def test_exif_rotation_is_not_applied():
 
 
 def test_a_palette_mask_keeps_its_indices():
-    picture = Image.fromarray(np.full((H, W), 3, np.uint8))
-    picture.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
-    assert (decoded(sample(mask=encoded(picture, "PNG"))).mask == 3).all()
+    mask = Image.fromarray(np.full((H, W), 3, np.uint8))
+    mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
+    assert (decoded(sample(mask=encoded(mask, "PNG"))).mask == 3).all()
 
 
 # -------------------------------------------------------------------------------------------------------- what is bad

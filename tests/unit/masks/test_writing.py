@@ -170,7 +170,7 @@ def test_images_without_labels_are_background_and_named_once(tiny_config, weight
     assert "12 images have no label" in line and "image_0, image_1" in line and line.endswith("image_9, ...")
 
 
-# ---------------------------------------------------------------------------------------------------------------- want of room
+# ------------------------------------------------------------------------------------------------------------------ full disks
 
 
 @pytest.mark.parametrize("name", ["image_0.png", "image_0.npz"])

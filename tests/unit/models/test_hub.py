@@ -21,13 +21,9 @@ QUICK, GELU, TAG = "tiny-hub-quickgelu", "tiny-hub", "tiny_tag"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def named(tmp_path_factory, tiny_clip) -> None:
+def named(name_tiny_architectures) -> None:
     """The tiny architecture with QuickGELU and with GELU, under names of open_clip."""
-    folder = tmp_path_factory.mktemp("architectures")
-    architecture = json.loads((tiny_clip / "open_clip_config.json").read_text())["model_cfg"]
-    for name, quick_gelu in ((QUICK, True), (GELU, False)):
-        (folder / f"{name}.json").write_text(json.dumps(architecture | {"quick_gelu": quick_gelu}))
-        open_clip.add_model_config(folder / f"{name}.json")
+    name_tiny_architectures(QUICK, GELU)
 
 
 @pytest.fixture(autouse=True)

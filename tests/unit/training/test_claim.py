@@ -97,7 +97,7 @@ def test_a_file_is_no_run(tiny_config, tmp_path):
         ("data.shuffle_window=3", "data.shuffle_window: 2 -> 3"),
     ],
 )
-def test_a_run_goes_on_only_with_the_settings_it_began_with(tiny_config, tmp_path, override, change):
+def test_a_run_resumes_only_with_the_settings_it_began_with(tiny_config, tmp_path, override, change):
     claim(tiny_config(), resume=False)
     message = rf"run: .*run was started with other settings \({change}\); keep those of .*config.yaml, or start .* with run=NEW; "
     with pytest.raises(ConfigError, match=message):
@@ -173,7 +173,7 @@ def test_the_settings_page_lists_what_may_change(repo):
     assert {change.partition("=")[0] for change in CHANGED} | {"retrain.test"} == set(MAY_CHANGE)
 
 
-def test_a_run_goes_on_with_the_shards_it_began_with_alone(tiny_config, make_shards, tmp_path):
+def test_a_run_resumes_with_the_shards_it_began_with_alone(tiny_config, make_shards, tmp_path):
     run = claim(tiny_config(), resume=False)
     first = make_shards(tmp_path / "first", count=4, per_shard=2)
     claim_data(run, [first.fingerprint])

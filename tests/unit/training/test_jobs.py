@@ -172,7 +172,7 @@ def test_a_retraining_on_seeds_needs_no_pseudo_mask(tiny_config, shards, make_sh
     np.testing.assert_array_equal(task.target(opened(of_cams, 0)), left_HW)
 
 
-def test_a_retraining_on_seeds_goes_on_with_the_same_ones_alone(tiny_config):
+def test_a_retraining_on_seeds_resumes_with_the_same_ones_alone(tiny_config):
     claim(jobs.retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds")), resume=False)
     others = jobs.retrain(tiny_config("retrain.network=segformer", "retrain.targets=seeds", "seeds.foreground=0.6"))
     with pytest.raises(ConfigError, match=r"was started with other settings \(seeds.foreground: 0.45 -> 0.6\)"):
